@@ -1,0 +1,2213 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "torch==2.13.0", "numpy>=2.0", "gymnasium>=1.2", "gymnasium-robotics>=1.4.2,<1.4.3", "mujoco>=3.3",
+#   "h5py>=3.11", "tyro>=1.0", "tqdm>=4.66", "tensorboard>=2.18", "matplotlib>=3.9", "d4rl==1.1",
+# ]
+# ///
+"""AMPL: offline model-based RL that alternates model training and policy learning, in one file.
+
+Yang, Zhang, Feng, Zhou: A Unified Framework for Alternating Offline Model Training and Policy
+Learning, NeurIPS 2022. A model fitted once to the data is good where the data is, not where the
+policy goes. AMPL refits it with weights omega that say how often the current policy would visit
+each stored (s, a), and keeps the policy's (s, a) pairs close to the data's with a GAN.
+
+Algorithm 1, with the equations as they are tagged below:
+
+    initialise policy, critics, discriminator, omega; fit the model to the data          Eq. (4)
+    for each iteration:
+        every `model_retrain_every`: estimate omega and refit the model with it          Eq. (11), (6)
+        every `rollout_every`: roll the policy out in the model into a FIFO buffer
+        sample a batch, a part from the data and the rest from the buffer
+        critics:       regress on a conservative target                                  Eq. (12), (13)
+        policy:        maximise Q, and fool the discriminator                            Eq. (15), (17)
+        discriminator: tell the data's (s, a) from the policy's (s, a) and (s', a')      Eq. (14), (16)
+
+Run: `python ampl.py --env-id pen-human-v1`. Settings of the paper's sixteen tasks: `PAPER`.
+Every tensor carries a leading axis of independent learners, one per seed: [learners, ...].
+"""
+
+import contextlib
+import copy
+import dataclasses
+import difflib
+import functools
+import hashlib
+import http.client
+import importlib.util
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium
+import h5py
+import mujoco
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ==================================================================================================
+# 1. Arguments
+# ==================================================================================================
+
+
+@dataclass
+class Args:
+    # --- experiment ---
+    env_id: str = "maze2d-umaze-v1"
+    """task: a row of PAPER, another D4RL name, or a gymnasium id together with --dataset-path"""
+    seed: int = 0
+    """seed of learner 0; learner l is seed + l in the reports"""
+    num_seeds: int = 1
+    """independent learners trained side by side in this process (the paper reports 5)"""
+    total_iterations: int = 1_000_000
+    """iterations of the main loop (authors' code: 1000 epochs of 1000)"""
+    run_dir: str = "runs"
+    """folder that receives the run's own folder"""
+    resume: str | None = None
+    """continue this run folder where its checkpoint stands; all other flags come from the run"""
+    evaluate: str | None = None
+    """only score the policy saved in this run folder, over --final-episodes episodes"""
+    dynamics_from: str | None = None
+    """take the first, unweighted model from this run folder instead of fitting it"""
+
+    # --- tracking and saving ---
+    track: bool = False
+    """also log to Weights and Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "ampl"
+    """project of --track"""
+    wandb_entity: str | None = None
+    """team of --track"""
+    log_every: int = 1000
+    """iterations between two lines of log.jsonl and of TensorBoard"""
+    checkpoint_every: int = 10_000
+    """iterations, model steps or MIW steps between two checkpoints"""
+    capture_video: bool = False
+    """render one episode of the policy to episode.gif (at the end, or with --evaluate)"""
+
+    # --- data ---
+    dataset_path: str | None = None
+    """HDF5 file in D4RL's format; without it the D4RL folder is searched, then D4RL's server"""
+    initial_states: Literal["simulator", "dataset"] = "simulator"
+    """samples of mu0: simulator resets (authors' code) or the episodes' first states (purist)"""
+    num_initial_states: int = 100_000
+    """how many resets (authors' code)"""
+
+    # --- world model ---
+    ensemble_size: int = 7
+    """members (authors' code)"""
+    num_elites: int = 5
+    """members with the lowest hold-out loss that make predictions (authors' code)"""
+    model_hidden: int = 200
+    """width of the four hidden layers (authors' code)"""
+    model_lr: float = 1e-3
+    """Adam (authors' launch script; their main program's default, 3e-4, is never used)"""
+    model_batch_size: int = 128
+    """rows per member and step (authors' code: min(512, 128))"""
+    model_weight_decay: tuple[float, float, float, float, float] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
+    """coupled L2 of the four hidden layers and of the heads (authors' code)"""
+    model_epoch_steps: int = 1000
+    """steps between two looks at the hold-out loss (authors' code)"""
+    model_patience: int = 10
+    """epochs without a gain of any member before a fit stops (authors' code)"""
+    model_max_epochs: int = 10_000
+    """at most this many epochs per fit (authors' code: 1e7 steps)"""
+    holdout_size: int = 8092
+    """rows held out, at most a fifth of the data (authors' code)"""
+    model_retrain_every: int = 100_000
+    """iterations between two weighted re-trainings of the model (paper)"""
+
+    # --- rollouts ---
+    horizon: int = 3
+    """model steps per rollout (authors' launch script, per task)"""
+    rollout_every: int = 250
+    """iterations between two refreshes of the buffer (authors' code)"""
+    rollout_rows: int = 32_000
+    """model transitions per refresh: 128 per iteration (authors' code)"""
+    buffer_size: int = 640_000
+    """first-in-first-out rows of model data: five epochs' worth (authors' code)"""
+    real_fraction: float = 0.5
+    """share of real rows in a batch once the schedule has run down (paper's f)"""
+    real_decay_every: int = 5000
+    """after the warm start the share of real rows falls by 0.1 this often (authors' code)"""
+    shared_rollout_action: bool = False
+    """give all rollouts of a chunk the first state's action, as the authors' code does by mistake"""
+
+    # --- critic ---
+    gamma: float = 0.99
+    """discount (paper)"""
+    tau: float = 0.005
+    """Polyak rate of the target critic and target policy (authors' code)"""
+    batch_size: int = 512
+    """rows per iteration (authors' code)"""
+    critic_lr: float = 3e-4
+    """Adam (authors' code)"""
+    critic_grad_norm: float = 0.1
+    """gradient norm of both critics together is clipped to this (authors' code)"""
+    q_min_weight: float = 0.75
+    """weight c of the smaller target in Eq. (12) (paper)"""
+    q_bound: float = 2000.0
+    """bootstrap values beyond this count as zero (authors' code)"""
+    critic_huber_delta: float = 500.0
+    """Huber threshold; with rewards in [0, 1] the loss is a plain square (authors' code)"""
+
+    # --- policy and discriminator ---
+    hidden: tuple[int, int] = (400, 300)
+    """hidden layers of policy, critics, discriminator and omega (authors' code)"""
+    noise_dim: int = 50
+    """inputs of the implicit policy that carry noise (authors' launch script, per task)"""
+    noise_std: float = 1.0
+    """their standard deviation; clamped to +-3 after scaling (authors' launch script, per task)"""
+    actor_lr: float = 2e-4
+    """Adam of the policy (authors' code)"""
+    discriminator_lr: float = 2e-4
+    """Adam of the discriminator (authors' code)"""
+    gan_beta1: float = 0.4
+    """first Adam coefficient of policy and discriminator (authors' code)"""
+    policy_frequency: int = 2
+    """the policy moves on every n-th iteration (authors' code)"""
+    warmup_iterations: int = 40_000
+    """iterations in which the policy only imitates through the GAN (authors' code)"""
+    q_coef: float = 10.0
+    """lambda': weight of Q over its running mean in the policy's objective, Eq. (17) (paper)"""
+    label_smoothing: float = 0.8
+    """labels of true pairs are drawn from [this, 1) (authors' code)"""
+
+    # --- marginal importance weights (MIW) ---
+    miw_steps: int = 100_000
+    """steps of each MIW training (authors' code)"""
+    miw_lr: float = 1e-6
+    """Adam (authors' code); so small that omega stays nearly flat"""
+    miw_batch_size: int = 1024
+    """data rows per step (authors' code)"""
+    miw_initial_batch_size: int = 2048
+    """initial states per step (authors' code)"""
+    miw_alpha: float = 0.2
+    """omega = softplus(.) ** alpha (authors' launch script: 0.5 locomotion, 0.2 elsewhere)"""
+    miw_tau: float = 0.01
+    """Polyak rate of the slow copies of omega and of Q (authors' code)"""
+    miw_mean_bound: float = 10.0
+    """the mean of omega is kept below this (authors' code)"""
+    miw_grad_norm: float = 1.0
+    """gradient norm after the projection (authors' code)"""
+    miw_refresh: int = 2000
+    """steps between two evaluations of Q on fresh actions; 1 evaluates in every step (ours)"""
+
+    # --- evaluation ---
+    eval_every: int = 1000
+    """iterations between two evaluations (authors' code)"""
+    eval_episodes: int = 10
+    """episodes per evaluation (authors' code)"""
+    final_episodes: int = 100
+    """episodes after training (ours: pen's returns have a standard deviation of 1800)"""
+    eval_candidates: int = 10
+    """actions drawn per state; the one with the largest min Q is taken (authors' code)"""
+    eval_workers: int = 0
+    """processes that evaluate beside the training; 0 evaluates in this one (ours)"""
+
+    # --- speed ---
+    cuda: bool = True
+    """train on the GPU where there is one"""
+    cuda_graphs: bool = True
+    """record the training steps as CUDA graphs (no effect on a CPU)"""
+    cpu_fast_matmul: bool = True
+    """route fp32 products to oneDNN where a self-check finds fp32 accuracy (no effect on CUDA)"""
+    threads: int = 0
+    """CPU threads of torch; 0 leaves torch's default"""
+
+
+# Per task: launch script of the authors' code. Datasets: v2 locomotion, v1 Maze2D and Adroit.
+# Code: noise_dim 0 stands for min(10, S // 2): 2 on maze2d-umaze, 10 on door. Here: written out.
+PAPER: dict[str, dict] = {
+    # fmt: off
+    "halfcheetah-medium-expert-v2": dict(horizon=5, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "hopper-medium-expert-v2":      dict(horizon=3, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "walker2d-medium-expert-v2":    dict(horizon=5, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "halfcheetah-medium-v2":        dict(horizon=1, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "hopper-medium-v2":             dict(horizon=1, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "walker2d-medium-v2":           dict(horizon=3, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "halfcheetah-medium-replay-v2": dict(horizon=3, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "hopper-medium-replay-v2":      dict(horizon=1, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "walker2d-medium-replay-v2":    dict(horizon=5, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "maze2d-umaze-v1":              dict(horizon=3, noise_dim=2,  miw_alpha=0.2, noise_std=1.0),
+    "maze2d-medium-v1":             dict(horizon=3, noise_dim=50, miw_alpha=0.2, noise_std=1.0),
+    "maze2d-large-v1":              dict(horizon=1, noise_dim=50, miw_alpha=0.2, noise_std=1.0),
+    "pen-cloned-v1":                dict(horizon=5, noise_dim=1,  miw_alpha=0.2, noise_std=1e-3),
+    "pen-expert-v1":                dict(horizon=1, noise_dim=50, miw_alpha=0.2, noise_std=1.0),
+    "door-expert-v1":               dict(horizon=1, noise_dim=10, miw_alpha=0.2, noise_std=1.0),
+    "pen-human-v1":                 dict(horizon=1, noise_dim=1,  miw_alpha=0.2, noise_std=1e-3),
+    # fmt: on
+}
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Two passes: the first finds --env-id, the second starts from that task's row of PAPER.
+
+    So `--help` shows the task's own numbers, and an explicit flag always wins.
+    """
+    first, _ = tyro.cli(Args, args=argv, add_help=False, return_unknown_args=True)
+    return tyro.cli(
+        Args,
+        args=argv,
+        description=__doc__,
+        default=Args(env_id=first.env_id, **PAPER.get(first.env_id, {})),
+    )
+
+
+def check_args(args: Args) -> None:
+    """Refuse flags that contradict each other, one sentence each. Raises UserError."""
+    positive = [
+        f.name
+        for f in dataclasses.fields(Args)
+        if f.type is int and f.name not in {"seed", "threads", "eval_workers", "warmup_iterations"}
+    ]
+    for name in positive:
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} is {getattr(args, name)}; it must be at least 1")
+    if args.warmup_iterations > args.total_iterations:
+        raise UserError(
+            f"the warm start ({args.warmup_iterations} iterations) is longer than the run "
+            f"({args.total_iterations}); lower --warmup-iterations"
+        )
+    if args.num_elites > args.ensemble_size:
+        raise UserError("--num-elites is larger than --ensemble-size")
+    if not 0 < args.real_fraction <= 1:
+        raise UserError("--real-fraction must lie in (0, 1]")
+    if args.buffer_size < args.rollout_rows:
+        raise UserError("--buffer-size must hold at least one refresh of --rollout-rows")
+    if not 0 <= args.gamma < 1:
+        raise UserError("--gamma must lie in [0, 1)")
+
+# ==================================================================================================
+# 2. Networks
+# ==================================================================================================
+# Shapes: L learners, M members, B rows, S observation, A action.
+
+
+class Linear(nn.Module):
+    """A linear layer for every learner (and member): weight [*lead, in, out], bias [*lead, 1, out].
+
+    Initialised like torch.nn.Linear. forward: [G, B, in] -> [G, B, out], G the product of lead: one
+    batched product over all learners and members.
+    """
+
+    def __init__(self, lead: tuple[int, ...], n_in: int, n_out: int):
+        super().__init__()
+        bound = 1 / math.sqrt(n_in)
+        self.weight = nn.Parameter(torch.empty(*lead, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(*lead, 1, n_out).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias.flatten(0, -3), x, self.weight.flatten(0, -3))
+
+
+class MLP(nn.Module):
+    """Two hidden layers with leaky ReLU (slope 0.01), linear output. Inputs are not normalised.
+
+    forward: [*lead, B, in] -> [*lead, B, out].
+    """
+
+    def __init__(self, lead: tuple[int, ...], n_in: int, hidden: tuple[int, int], n_out: int):
+        super().__init__()
+        self.layer1 = Linear(lead, n_in, hidden[0])
+        self.layer2 = Linear(lead, hidden[0], hidden[1])
+        self.out = Linear(lead, hidden[1], n_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape, x = x.shape[:-1], x.flatten(0, -3)
+        x = F.leaky_relu(self.layer1(x), inplace=True)
+        x = F.leaky_relu(self.layer2(x), inplace=True)
+        return self.out(x).view(*shape, -1)
+
+
+class ImplicitPolicy(nn.Module):
+    """a = tanh(net(s, z)) with noise z ~ N(0, noise_std^2) clamped to +-3: any distribution of a.
+
+    forward: obs [L, B, S] -> a sample of the raw (pre-tanh) action [L, B, A].
+    """
+
+    def __init__(self, learners: int, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.noise_dim, self.noise_std = args.noise_dim, args.noise_std
+        self.net = MLP((learners,), obs_dim + args.noise_dim, args.hidden, action_dim)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        # Paper: z ~ p_z. Code: N(0, noise_std^2), clamped to +-3 after scaling. Here: code.
+        noise = torch.randn(*obs.shape[:-1], self.noise_dim, device=obs.device)
+        noise = (self.noise_std * noise).clamp(-3, 3)
+        return self.net(torch.cat([obs, noise], -1))
+
+
+class TwinCritic(nn.Module):
+    """Q_1 and Q_2. forward: obs [L, B, S], action [L, B, A] -> [L, 2, B]."""
+
+    def __init__(self, learners: int, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.net = MLP((learners, 2), obs_dim + action_dim, args.hidden, 1)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = torch.cat([obs, action], -1).unsqueeze(1)  # [L, 1, B, S + A]
+        return self.net(x.expand(-1, 2, -1, -1)).squeeze(-1)
+
+    def first(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Q_1 alone, [L, B]: all that MIW training needs, at half the cost."""
+        x = torch.cat([obs, action], -1)
+        for layer in (self.net.layer1, self.net.layer2):
+            x = F.leaky_relu(torch.baddbmm(layer.bias[:, 0], x, layer.weight[:, 0]))
+        return torch.baddbmm(self.net.out.bias[:, 0], x, self.net.out.weight[:, 0]).squeeze(-1)
+
+
+class Discriminator(nn.Module):
+    """Logit of "this (s, raw action) pair is from the data". forward -> [L, B]."""
+
+    def __init__(self, learners: int, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.net = MLP((learners,), obs_dim + action_dim, args.hidden, 1)
+
+    def forward(self, obs: Tensor, raw_action: Tensor) -> Tensor:
+        # Paper: input a. Code: the raw action, data actions through atanh. Here: code.
+        return self.net(torch.cat([obs, raw_action], -1)).squeeze(-1)
+
+
+class ImportanceWeight(nn.Module):
+    """omega(s, a) = softplus(net(s, a)) ** alpha, not yet normalised. forward -> [L, B] > 0."""
+
+    def __init__(self, learners: int, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.alpha = args.miw_alpha
+        self.net = MLP((learners,), obs_dim + action_dim, args.hidden, 1)
+        nn.init.uniform_(self.net.out.weight, -3e-3, 3e-3)
+        nn.init.zeros_(self.net.out.bias)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        x = self.net(torch.cat([obs, action], -1)).squeeze(-1)
+        # Paper: any positive function. Code: softplus to the power alpha. Here: code.
+        return (F.softplus(x - 1e-8) + 1e-8) ** self.alpha
+
+
+class DynamicsEnsemble(nn.Module):
+    """M Gaussian models of (reward, next_obs - obs), in units of the data's mean and deviation.
+
+    forward: normalised inputs [L, M, B, S + A] -> mean, log_std [L, M, B, 1 + S].
+    """
+
+    def __init__(self, learners: int, members: int, obs_dim: int, action_dim: int, width: int):
+        super().__init__()
+        sizes = [obs_dim + action_dim] + 4 * [width]
+        lead = (learners, members)
+        self.trunk = nn.ModuleList(Linear(lead, i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.heads = Linear(lead, width, 2 * (1 + obs_dim))  # mean and log_std side by side
+        for layer in [*self.trunk, self.heads]:
+            # A normal cut at two deviations by wrapping round, as the authors' fmod does.
+            std = 1 / (2 * math.sqrt(layer.weight.shape[-2]))
+            layer.weight.data.normal_().fmod_(2).mul_(std)
+            nn.init.zeros_(layer.bias)
+        # Soft bounds of log_std, learned, shared by the members of a learner.
+        self.max_log_std = nn.Parameter(torch.full((learners, 1, 1, 1 + obs_dim), 0.25))
+        self.min_log_std = nn.Parameter(torch.full((learners, 1, 1, 1 + obs_dim), -5.0))
+        self.register_buffer("input_mean", torch.zeros(obs_dim + action_dim))
+        self.register_buffer("input_std", torch.ones(obs_dim + action_dim))
+        self.register_buffer("target_mean", torch.zeros(1 + obs_dim))
+        self.register_buffer("target_std", torch.ones(1 + obs_dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        shape, x = x.shape[:-1], x.flatten(0, -3)
+        for layer in self.trunk:
+            x = F.silu(layer(x))
+        mean, log_std = self.heads(x).view(*shape, -1).chunk(2, -1)
+        log_std = self.max_log_std - F.softplus(self.max_log_std - log_std)
+        log_std = self.min_log_std + F.softplus(log_std - self.min_log_std)
+        return mean, log_std
+
+    def member_parameters(self) -> list[nn.Parameter]:
+        """All parameters with a member axis, [L, M, ...]: everything but the two bounds."""
+        return [p for layer in [*self.trunk, self.heads] for p in (layer.weight, layer.bias)]
+
+    @torch.no_grad()
+    def normalise_by(self, inputs: Tensor, targets: Tensor) -> None:
+        """Set the units from data rows [N, S + A] and [N, 1 + S] (unbiased deviation)."""
+        for name, values in (("input", inputs.double()), ("target", targets.double())):
+            std, mean = torch.std_mean(values, 0)
+            getattr(self, f"{name}_mean").copy_(mean)
+            getattr(self, f"{name}_std").copy_(std.clamp(min=1e-12))
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw reward [L, B] and next_obs [L, B, S], every row from one member.
+
+        Rows of a batch are exchangeable, so row i takes member (i + offset) mod M: a stratified
+        draw of a random member per row, without evaluating all M for each.
+        """
+        learners, members, rows = obs.shape[0], self.heads.weight.shape[1], obs.shape[1]
+        padded = -(-rows // members) * members
+        x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std
+        offset = torch.randint(members, (), device=obs.device)
+        turn = (torch.arange(padded, device=obs.device) + offset) % padded
+        x = F.pad(x, (0, 0, 0, padded - rows)).index_select(1, turn)
+        mean, log_std = self(x.view(learners, -1, members, x.shape[-1]).transpose(1, 2))
+        y = mean + log_std.exp() * torch.randn_like(mean)
+        y = y.transpose(1, 2).reshape(learners, padded, -1)
+        y = y.index_select(1, (torch.arange(rows, device=obs.device) - offset) % padded)
+        y = torch.nan_to_num(y * self.target_std + self.target_mean, nan=0.0)  # Code: NaN is 0
+        return y[..., 0], obs + y[..., 1:]
+
+
+# ==================================================================================================
+# 3. The method: one function per equation
+# ==================================================================================================
+# Losses average over the batch and keep the learners apart: they return [L], the caller sums.
+
+
+def conservative_target(
+    reward: Tensor, terminated: Tensor, q_next: Tensor, gamma: float, q_min_weight: float, bound: float
+) -> Tensor:
+    """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j); q_next [L, 2, B], the rest [L, B]. Eq. (12)"""
+    q = q_min_weight * q_next.amin(1) + (1 - q_min_weight) * q_next.amax(1)  # Eq. (12)
+    # Paper: all of q. Code: q beyond the bound counts as zero, none at terminals. Here: code.
+    return reward + gamma * (1 - terminated) * q * (q.abs() < bound)  # Eq. (12)
+
+
+def critic_loss(q: Tensor, target: Tensor, delta: float) -> Tensor:
+    """Huber regression of both critics, q [L, 2, B] on target [L, B]. Eq. (13)"""
+    target = target.unsqueeze(1).expand_as(q)
+    return F.huber_loss(q, target, reduction="none", delta=delta).mean(-1).sum(-1)  # Eq. (13)
+
+
+def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
+    """Mean over the rows with keep = 1; [L, B] -> [L]. The same as dropping the other rows."""
+    return (values * keep).sum(-1) / keep.sum(-1).clamp(min=1)
+
+
+def generator_loss(logit_fake: Tensor, keep: Tensor) -> Tensor:
+    """How far the policy's pairs [L, B] are from passing as data. Eq. (15)"""
+    # Paper: mean log(1 - D). Code: -log D, which does not saturate. Here: code.
+    return masked_mean(F.softplus(-logit_fake), keep)  # Eq. (15)
+
+
+def discriminator_loss(logit_true: Tensor, logit_fake: Tensor, keep: Tensor, label: Tensor) -> Tensor:
+    """Cross-entropy of telling true from fake pairs; label [L, B] of the true rows. Eq. (16)"""
+    # Paper: labels 1, no factor. Code: labels U[0.8, 1) and half the sum. Here: code.
+    true_part = (F.softplus(logit_true) - label * logit_true).mean(-1)
+    return 0.5 * (true_part + masked_mean(F.softplus(logit_fake), keep))  # Eq. (16)
+
+
+def policy_loss(q_min: Tensor, q_avg: Tensor, gan_loss: Tensor, q_coef: float) -> Tensor:
+    """-lambda mean min_j Q_j + L_g with lambda = lambda' / Q_avg; q_min [L, B]. Eq. (17)"""
+    return -(q_coef / q_avg) * q_min.mean(-1) + gan_loss  # Eq. (17)
+
+
+def model_loss(mean: Tensor, log_std: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Weighted Gaussian negative log-likelihood, up to constants; -> [L, M]. Eq. (6), (4) at w = 1
+
+    mean, log_std, target: [L, M, B, 1 + S]; weight: [L, M, B] with mean one over the data.
+    """
+    nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
+    return (weight * nll.mean(-1)).mean(-1)  # Eq. (6)
+
+
+def miw_moments(
+    omega: Tensor, omega_slow: Tensor, q: Tensor, q_next: Tensor, q_initial: Tensor, live: Tensor, gamma: float
+) -> tuple[Tensor, Tensor]:
+    """Both sides of Eq. (10), [L] each, estimated from rows [L, B] and initial states [L, B0]."""
+    left = (omega * q).mean(-1)  # Eq. (10)
+    right = gamma * (omega_slow * live * q_next).mean(-1) + (1 - gamma) * q_initial.mean(-1)  # Eq. (10)
+    return left, right
+
+
+def miw_loss(left: Tensor, right: Tensor) -> Tensor:
+    """Distance of the two sides, [L]. Eq. (11)"""
+    # Paper: the square. Code: Huber with threshold 1. Here: code.
+    return F.huber_loss(left, right, reduction="none", delta=1.0)  # Eq. (11)
+
+
+def project_gradient(
+    loss_grads: list[Tensor], mean_grads: list[Tensor], mean_omega: Tensor, bound: float
+) -> list[Tensor]:
+    """Bend the gradient so that mean omega stays below its bound (dynamic barrier method).
+
+    Per learner and parameter: g + l c with l = max(0, (phi - <g, c>) / |c|^2), where c is the
+    gradient of mean omega [L] and phi = min(mean omega - bound, |c|^2). Paper: no constraint.
+    """
+    projected = []
+    for g, c in zip(loss_grads, mean_grads, strict=True):
+        norm2 = c.square().flatten(1).sum(1)
+        phi = torch.minimum(mean_omega - bound, norm2)
+        step = ((phi - (g * c).flatten(1).sum(1)) / (norm2 + 1e-8)).clamp(min=0)
+        projected.append(g + step.view(-1, *[1] * (g.dim() - 1)) * c)
+    return projected
+
+
+# ==================================================================================================
+# 4. The learners: networks, optimizers, and one iteration
+# ==================================================================================================
+
+
+class Batch(NamedTuple):
+    """Rows [L, B, ...]; terminated is 0 or 1 and is the only thing that stops bootstrapping."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+
+
+class Agent(nn.Module):
+    """All learners' networks, model buffer and optimizers; its state is the whole training state."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        super().__init__()
+        self.device, self.learners = device, args.num_seeds
+        self.columns = [obs_dim, action_dim, 1, obs_dim, 1]  # of a row: the fields of Batch
+
+        def build(name: str, network: Callable[..., nn.Module], *sizes) -> nn.Module:
+            seed_phase(args.seed, name)
+            return network(args.num_seeds, *sizes)
+
+        self.actor = build("actor", ImplicitPolicy, obs_dim, action_dim, args)
+        self.critic = build("critic", TwinCritic, obs_dim, action_dim, args)
+        self.discriminator = build("discriminator", Discriminator, obs_dim, action_dim, args)
+        self.weight = build("weight", ImportanceWeight, obs_dim, action_dim, args)
+        sizes = (obs_dim, action_dim, args.model_hidden)
+        self.model = build("model", DynamicsEnsemble, args.ensemble_size, *sizes)
+        self.elites = build("elites", DynamicsEnsemble, args.num_elites, *sizes)
+        for name in ("actor", "critic", "weight"):
+            self.add_module(f"{name}_target", copy.deepcopy(getattr(self, name)))
+        self.critic_slow = copy.deepcopy(self.critic)  # Q' of MIW training
+        self.elites.requires_grad_(False)  # a copy of the best members, made after each fit
+        self.register_buffer("q_avg", torch.full((args.num_seeds,), -1.0))  # -1: no batch seen yet
+        self.register_buffer("buffer", torch.zeros(args.num_seeds, args.buffer_size, sum(self.columns)))
+        self.register_buffer("buffer_end", torch.zeros((), dtype=torch.long))  # next row to write
+        self.register_buffer("buffer_rows", torch.zeros((), dtype=torch.long))  # rows filled
+        self.register_buffer("real_rows", torch.full((), args.batch_size))  # of a mixed batch
+        self.to(device)
+        self.optimizers = self.make_optimizers(args)
+
+    def make_optimizers(self, args: Args) -> dict[str, torch.optim.Adam]:
+        gan = dict(betas=(args.gan_beta1, 0.999))
+        decay = args.model_weight_decay
+        layers = [*self.model.trunk, self.model.heads]
+        groups = [
+            dict(params=list(layer.parameters()), weight_decay=w)
+            for layer, w in zip(layers, decay, strict=True)
+        ]
+        bounds = dict(params=[self.model.max_log_std, self.model.min_log_std], weight_decay=0.0)
+        return {
+            "actor": adam(self.actor.parameters(), args.actor_lr, **gan),
+            "discriminator": adam(self.discriminator.parameters(), args.discriminator_lr, **gan),
+            "critic": adam(self.critic.parameters(), args.critic_lr),
+            "weight": adam(self.weight.parameters(), args.miw_lr),
+            "model": adam([*groups, bounds], args.model_lr),
+        }
+
+    def split(self, rows: Tensor) -> Batch:
+        obs, action, reward, next_obs, terminated = rows.split(self.columns, -1)
+        return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
+
+    def remember(self, batch: Batch) -> None:
+        """Write model transitions [L, B, ...] over the oldest rows of the buffer."""
+        fields = [f.unsqueeze(-1) if f.dim() == 2 else f for f in batch]
+        count, capacity = batch.obs.shape[1], self.buffer.shape[1]
+        place = (self.buffer_end + torch.arange(count, device=self.device)) % capacity
+        self.buffer.index_copy_(1, place, torch.cat(fields, -1))
+        self.buffer_end.add_(count).remainder_(capacity)
+        self.buffer_rows.add_(count).clamp_(max=capacity)
+
+    def sample(self, data: Tensor, count: int) -> Batch:
+        """A mixed batch: the first `real_rows` rows from data [N, C], the rest from the buffer."""
+        shape, capacity = (self.learners, count), self.buffer.shape[1]
+        real = data[torch.randint(len(data), shape, device=self.device)]
+        place = (torch.rand(shape, device=self.device) * self.buffer_rows).long()
+        place = place.clamp(max=capacity - 1)
+        place += capacity * torch.arange(self.learners, device=self.device).unsqueeze(-1)
+        imagined = self.buffer.flatten(0, 1)[place]
+        is_real = torch.arange(count, device=self.device) < self.real_rows
+        return self.split(torch.where(is_real.unsqueeze(-1), real, imagined))
+
+
+def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One step of both critics. -> logs [L]"""
+    with torch.no_grad():
+        next_action = torch.tanh(agent.actor_target(batch.next_obs))
+        q_next = agent.critic_target(batch.next_obs, next_action)
+        target = conservative_target(
+            batch.reward, batch.terminated, q_next, args.gamma, args.q_min_weight, args.q_bound
+        )
+    q = agent.critic(batch.obs, batch.action)
+    loss = critic_loss(q, target, args.critic_huber_delta)
+    parameters = list(agent.critic.parameters())
+    grads = clip_gradients(torch.autograd.grad(loss.sum(), parameters), args.critic_grad_norm)
+    apply_gradients(agent.optimizers["critic"], parameters, grads)
+    return {"losses/critic_loss": loss.detach(), "losses/q_values": q.detach().mean((1, 2))}
+
+
+def fake_pairs(agent: Agent, obs: Tensor, rule: "TerminationRule") -> tuple[Tensor, Tensor, Tensor]:
+    """The policy's pairs at s and at the model's s'. -> obs, raw action, keep, [L, 2B, ...]. Eq. (14)
+
+    The gradient reaches the policy through both raw actions; s' is a constant. Pairs whose s' is
+    terminal get weight 0.
+    """
+    raw = agent.actor(obs)
+    reward, next_obs = agent.elites.sample(obs, torch.tanh(raw.detach()))
+    _, terminated = rule(reward, next_obs)
+    next_raw = agent.actor(next_obs)
+    keep = (1 - terminated).repeat(1, 2)
+    return torch.cat([obs, next_obs], 1), torch.cat([raw, next_raw], 1), keep  # Eq. (14)
+
+
+def true_pairs(agent: Agent, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Stored pairs with raw action: obs [L, count, S], atanh(action) [L, count, A]."""
+    rows = data[torch.randint(len(data), (agent.learners, count), device=agent.device)]
+    batch = agent.split(rows)
+    return batch.obs, torch.atanh(batch.action.clamp(-1 + 1e-7, 1 - 1e-7))
+
+
+def update_gan(
+    agent: Agent, batch: Batch, data: Tensor, rule: "TerminationRule", args: Args, warmup: bool, step_actor: bool
+) -> dict[str, Tensor]:
+    """One step of the discriminator and, if `step_actor`, of the policy. -> logs [L]
+
+    Paper: discriminator first. Code: policy first, both losses with the old D. Here: code.
+    """
+    with torch.set_grad_enabled(step_actor and not warmup):
+        q_min = agent.critic(batch.obs, torch.tanh(agent.actor(batch.obs))).amin(1)
+    q_abs = q_min.detach().abs().mean(-1)
+    q_avg = torch.where(agent.q_avg < 0, q_abs, agent.q_avg)
+    with torch.set_grad_enabled(step_actor):
+        obs, raw, keep = fake_pairs(agent, agent.sample(data, args.batch_size).obs, rule)  # Eq. (14)
+    logit_fake = agent.discriminator(obs, raw)
+    logit_true = agent.discriminator(*true_pairs(agent, data, obs.shape[1]))
+    label = args.label_smoothing + (1 - args.label_smoothing) * torch.rand_like(logit_true)
+    gan_loss = generator_loss(logit_fake, keep)
+    # Paper: no warm start. Code: the policy only imitates in the first 40 epochs. Here: code.
+    actor_loss = gan_loss if warmup else policy_loss(q_min, q_avg, gan_loss, args.q_coef)
+    disc_loss = discriminator_loss(logit_true, logit_fake, keep, label)
+    disc_parameters, actor_parameters = list(agent.discriminator.parameters()), list(agent.actor.parameters())
+    # autograd.grad computes just the gradients asked for: none of D's weights in the policy's step,
+    # none of the policy's in D's.
+    if step_actor:
+        grads = torch.autograd.grad(actor_loss.sum(), actor_parameters, retain_graph=True)
+        apply_gradients(agent.optimizers["actor"], actor_parameters, grads)
+    grads = torch.autograd.grad(disc_loss.sum(), disc_parameters)
+    apply_gradients(agent.optimizers["discriminator"], disc_parameters, grads)
+    agent.q_avg.copy_(q_avg.lerp(q_abs, args.tau))
+    return {
+        "losses/actor_loss": actor_loss.detach(),
+        "losses/generator_loss": gan_loss.detach(),
+        "losses/discriminator_loss": disc_loss.detach(),
+    }
+
+
+def iterate(
+    agent: Agent, data: Tensor, rule: "TerminationRule", args: Args, warmup: bool, step_actor: bool
+) -> dict[str, Tensor]:
+    """One iteration: critics, policy, discriminator, targets. No argument changes, no host sync."""
+    batch = agent.sample(data, args.batch_size)
+    logs = update_critic(agent, batch, args)  # Eq. (12), (13)
+    logs |= update_gan(agent, batch, data, rule, args, warmup, step_actor)  # Eq. (14) to (17)
+    polyak(agent.critic_target, agent.critic, args.tau)
+    polyak(agent.actor_target, agent.actor, args.tau)
+    return logs
+
+
+def real_rows(iteration: int, args: Args) -> int:
+    """Rows of a batch that come from the data: all in the warm start, then fewer step by step."""
+    # Paper: f = 0.5. Code: 1.0 until epoch 45, then 0.1 less every five epochs. Here: code.
+    steps = max(0, (iteration - args.warmup_iterations) // args.real_decay_every)
+    return int(max(args.real_fraction, 1 - 0.1 * steps) * args.batch_size)
+
+
+# ==================================================================================================
+# 5. World model and importance weights: fit, imagine
+# ==================================================================================================
+
+
+class TerminationRule(NamedTuple):
+    """When a model rollout ends: the task's known rule, or a prediction far outside the data."""
+
+    known: Callable[[Tensor], Tensor]  # next_obs [..., S] -> bool [...]
+    obs_limit: Tensor  # [S], twice the largest |s| of the data
+    reward_limit: Tensor  # scalar
+
+    def __call__(self, reward: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
+        """-> reward [L, B], terminated [L, B] as 0 or 1."""
+        # Paper: not in the main text. Code: the two range checks also overwrite the reward. Here: code.
+        outside = (next_obs.abs() > self.obs_limit).any(-1) | (reward.abs() > self.reward_limit)
+        terminated = outside | self.known(next_obs)
+        return torch.where(outside, -self.reward_limit, reward), terminated.float()
+
+
+def known_termination(env_id: str) -> tuple[Callable[[Tensor], Tensor], bool]:
+    """The rule on next_obs [..., S] of a task family, and whether one is known at all."""
+
+    def never(s: Tensor) -> Tensor:
+        return torch.zeros_like(s[..., 0], dtype=torch.bool)
+
+    def hopper(s: Tensor) -> Tensor:
+        sane = s.isfinite().all(-1) & (s[..., 1:].abs() < 100).all(-1)
+        return ~(sane & (s[..., 0] > 0.7) & (s[..., 1].abs() < 0.2))
+
+    def walker2d(s: Tensor) -> Tensor:
+        return ~((s[..., 0] > 0.8) & (s[..., 0] < 2.0) & (s[..., 1].abs() < 1.0))
+
+    def pen(s: Tensor) -> Tensor:
+        return s[..., 26] < 0.075  # height of the pen
+
+    rules = {"hopper": hopper, "walker2d": walker2d, "pen": pen}
+    rules |= dict.fromkeys(("halfcheetah", "maze2d", "door"), never)
+    family = env_id.split("-")[0].lower()
+    return rules.get(family, never), family in rules
+
+
+@torch.no_grad()
+def imagine(agent: Agent, data: Tensor, rule: TerminationRule, args: Args) -> dict[str, Tensor]:
+    """Roll the policy out in the model and write slots x horizon transitions to the buffer.
+
+    A rollout starts at a stored state and ends at its first terminated step, which is kept; its
+    slot then restarts at another stored state, so that the number of rows is fixed.
+    """
+    slots = math.ceil(args.rollout_rows / args.horizon)
+    # A CPU works through chunks that stay in its cache; a GPU takes all slots at once.
+    chunk = 2048 if args.shared_rollout_action or agent.device.type == "cpu" else slots
+    ends = torch.zeros(agent.learners, device=agent.device)
+    for first in range(0, slots, chunk):
+        count = min(chunk, slots - first)
+        obs = agent.split(random_rows(agent, data, count)).obs
+        for _ in range(args.horizon):
+            action = torch.tanh(agent.actor(obs))
+            if args.shared_rollout_action:
+                action = action[:, :1].expand_as(action).contiguous()
+            # Paper: a ~ pi per state. Code: by mistake one action for all rows. Here: paper.
+            reward, next_obs = agent.elites.sample(obs, action)
+            reward, terminated = rule(reward, next_obs)
+            agent.remember(Batch(obs, action, reward, next_obs, terminated))
+            fresh = agent.split(random_rows(agent, data, count)).obs
+            obs = torch.where(terminated.unsqueeze(-1) > 0, fresh, next_obs)
+            ends += terminated.mean(-1) * (count / (slots * args.horizon))
+    return {"rollout/terminated_frac": ends}
+
+
+def random_rows(agent: Agent, data: Tensor, count: int) -> Tensor:
+    """Uniform rows of data [N, C], with replacement. -> [L, count, C]"""
+    return data[torch.randint(len(data), (agent.learners, count), device=agent.device)]
+
+
+def training_pairs(agent: Agent, dataset: "Dataset", data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows the model learns from, normalised: inputs [n, S + A], targets [n, 1 + S], row numbers [n].
+
+    Terminals whose next observation was not stored stay out.
+    """
+    rows = dataset.has_next.nonzero().squeeze(-1).to(agent.device)
+    batch = agent.split(data[rows])
+    inputs = torch.cat([batch.obs, batch.action], -1)
+    targets = torch.cat([batch.reward.unsqueeze(-1), batch.next_obs - batch.obs], -1)
+    agent.model.normalise_by(inputs, targets)
+    inputs = (inputs - agent.model.input_mean) / agent.model.input_std
+    targets = (targets - agent.model.target_mean) / agent.model.target_std
+    return inputs, targets, rows
+
+
+def model_step(
+    agent: Agent, inputs: Tensor, targets: Tensor, weight: Tensor, train_rows: Tensor, args: Args
+) -> dict[str, Tensor]:
+    """One Adam step of all members on rows of their own, drawn with replacement. -> logs [L]"""
+    shape = (agent.learners, args.ensemble_size * args.model_batch_size)
+    pick = torch.randint(train_rows.shape[1], shape, device=agent.device)
+    rows = train_rows.gather(1, pick).view(agent.learners, args.ensemble_size, -1)  # [L, M, B]
+    row_weight = weight.gather(1, rows.flatten(1)).view_as(rows)
+    model = agent.model
+    mean, log_std = model(inputs[rows])
+    loss = model_loss(mean, log_std, targets[rows], row_weight).sum(-1)  # Eq. (6)
+    # Keeps the learned bounds of log_std from drifting apart.
+    width = (model.max_log_std - model.min_log_std).flatten(1).sum(-1)
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad((loss + 0.01 * 2 * width).sum(), parameters)
+    apply_gradients(agent.optimizers["model"], parameters, grads)
+    return {"model/train_nll": loss.detach() / args.ensemble_size}
+
+
+@torch.no_grad()
+def holdout_loss(agent: Agent, inputs: Tensor, targets: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+    """The weighted loss of every member on rows [L, n]. -> [L, M]"""
+    total, chunk = 0.0, 512 if agent.device.type == "cpu" else rows.shape[1]
+    for part in rows.split(chunk, 1):  # chunks stay in a CPU's cache
+        x, y = inputs[part].unsqueeze(1), targets[part].unsqueeze(1)  # [L, 1, chunk, ...]
+        mean, log_std = agent.model(x.expand(-1, agent.model.heads.weight.shape[1], -1, -1))
+        loss = model_loss(mean, log_std, y, weight.gather(1, part).unsqueeze(1))
+        total = total + loss * part.shape[1]
+    return total / rows.shape[1]
+
+
+def fit_state(agent: Agent, args: Args) -> dict:
+    """What early stopping remembers; the whole of it goes into checkpoints."""
+    shape = (args.num_seeds, args.ensemble_size)
+    return {
+        "epoch": 0,
+        "best": torch.full(shape, 1e32, device=agent.device),
+        "idle": torch.zeros(args.num_seeds, dtype=torch.long),  # epochs since a member's gain
+        "stopped": torch.zeros(args.num_seeds, dtype=torch.bool),
+        "best_members": [p.detach().clone() for p in agent.model.member_parameters()],
+        "frozen": {},  # learner -> its weights and Adam moments at its own stop
+    }
+
+
+def model_tensors(agent: Agent) -> list[Tensor]:
+    """The model's parameters and Adam moments, all [L, ...]."""
+    parameters = list(agent.model.parameters())
+    moments = [agent.optimizers["model"].state[p] for p in parameters]
+    return [p.detach() for p in parameters] + [m[k] for m in moments for k in ("exp_avg", "exp_avg_sq")]
+
+
+@torch.no_grad()
+def judge_epoch(agent: Agent, fit: dict, loss: Tensor, args: Args) -> None:
+    """Snapshot the members that gained over 1 %, stop the learners that were idle for too long."""
+    gained = (fit["best"] - loss) / fit["best"].abs() > 0.01
+    fit["best"] = torch.where(gained, loss, fit["best"])
+    for best, now in zip(fit["best_members"], agent.model.member_parameters(), strict=True):
+        best.copy_(torch.where(gained.view(*gained.shape, 1, 1), now, best))
+    fit["idle"] = torch.where(gained.any(-1).cpu(), 0, fit["idle"] + 1)
+    fit["epoch"] += 1
+    stops = (fit["idle"] >= args.model_patience) & ~fit["stopped"]
+    for learner in stops.nonzero().flatten().tolist():
+        fit["frozen"][learner] = [t[learner].clone() for t in model_tensors(agent)]
+    fit["stopped"] |= stops
+
+
+@torch.no_grad()
+def finish_fit(agent: Agent, fit: dict, args: Args) -> None:
+    """Put learners back to their own stop, members to their best epoch, and name the elites."""
+    for learner, saved in fit["frozen"].items():
+        for tensor, value in zip(model_tensors(agent), saved, strict=True):
+            tensor[learner].copy_(value)
+    # The bounds of log_std are not taken back, as in the authors' code.
+    for now, best in zip(agent.model.member_parameters(), fit["best_members"], strict=True):
+        now.copy_(best)
+    if agent.learners > 1:
+        # Adam counts its steps for all learners together. A full count (bias correction over, as
+        # it is to 2e-5 after the shortest fit) keeps a learner independent of the others' stops.
+        for state in agent.optimizers["model"].state.values():
+            state["step"].fill_(1e6)
+    choose_elites(agent, fit["best"], args)
+
+
+@torch.no_grad()
+def choose_elites(agent: Agent, loss: Tensor, args: Args) -> None:
+    """Copy the members with the lowest hold-out loss [L, M] to agent.elites."""
+    order = loss.argsort(-1)[:, : args.num_elites]  # [L, E]
+    learner = torch.arange(agent.learners, device=agent.device).unsqueeze(-1)
+    for elite, member in zip(agent.elites.member_parameters(), agent.model.member_parameters(), strict=True):
+        elite.copy_(member[learner, order])
+    agent.elites.max_log_std.copy_(agent.model.max_log_std)
+    agent.elites.min_log_std.copy_(agent.model.min_log_std)
+    for elite, value in zip(agent.elites.buffers(), agent.model.buffers(), strict=True):
+        elite.copy_(value)
+
+
+def fit_model(agent: Agent, dataset: "Dataset", data: Tensor, weight: Tensor, args: Args, k: int, run: "Run") -> None:
+    """Fit k of the model: Eq. (4) at weights one (k = 0), Eq. (6) afterwards; weight [L, N].
+
+    Re-fits go on from the present weights and Adam state, on a new split, until no member has
+    gained 1 % on the hold-out rows for `model_patience` epochs.
+    """
+    inputs, targets, rows = training_pairs(agent, dataset, data)
+    weight = weight[:, rows].contiguous()
+    seed_phase(args.seed, "model split", k)
+    order = torch.stack([torch.randperm(len(rows)) for _ in range(agent.learners)]).to(agent.device)
+    held = min(int(0.2 * len(rows)), args.holdout_size)
+    holdout_rows, train_rows = order[:, :held].contiguous(), order[:, held:].contiguous()
+    fit = run.progress.setdefault("fit", None) or fit_state(agent, args)
+    run.progress["fit"] = fit
+    step = capture(lambda: model_step(agent, inputs, targets, weight, train_rows, args), agent, args)
+    while fit["epoch"] < args.model_max_epochs and not fit["stopped"].all():
+        seed_phase(args.seed, f"model fit {k}", fit["epoch"])
+        for _ in range(args.model_epoch_steps):
+            logs = step()
+        loss = holdout_loss(agent, inputs, targets, weight, holdout_rows)
+        judge_epoch(agent, fit, loss, args)
+        logs = logs | {"model/holdout_loss": loss.mean(-1)}
+        run.after_steps(f"model fit {k + 1}", args.model_epoch_steps, logs)
+    finish_fit(agent, fit, args)
+
+
+def q_of_policy(agent: Agent, obs: Tensor) -> Tensor:
+    """Q'_1(s, a) with a fresh action of the policy; [L, B, S] -> [L, B]."""
+    return agent.critic_slow.first(obs, torch.tanh(agent.actor(obs)))
+
+
+class QTables(NamedTuple):
+    """Q over the data and the initial states: policy and critic stand still in MIW training."""
+
+    q: Tensor  # [L, N]: Q_1 at the stored (s, a)
+    q_next: Tensor  # [L, N]: Q'_1(s', a'), one fresh a' per row
+    q_initial: Tensor  # [L, N0]: Q'_1(s0, a0), one fresh a0 per state
+
+
+@torch.no_grad()
+def fill_tables(agent: Agent, tables: QTables, data: Tensor, initial_obs: Tensor) -> None:
+    """Evaluate Q on all rows, with one fresh action each, into `tables` (in place)."""
+    chunk = 1024 if agent.device.type == "cpu" else 65_536
+    for first in range(0, len(data), chunk):
+        part = data[first : first + chunk].expand(agent.learners, -1, -1)
+        batch = agent.split(part)
+        tables.q[:, first : first + chunk] = agent.critic.first(batch.obs, batch.action)
+        tables.q_next[:, first : first + chunk] = q_of_policy(agent, batch.next_obs)
+    for first in range(0, len(initial_obs), chunk):
+        obs = initial_obs[first : first + chunk].expand(agent.learners, -1, -1)
+        tables.q_initial[:, first : first + chunk] = q_of_policy(agent, obs)
+
+
+def miw_step(
+    agent: Agent, data: Tensor, initial_obs: Tensor, tables: QTables | None, args: Args
+) -> dict[str, Tensor]:
+    """One step of omega; Q comes from tables, or is evaluated here. -> logs [L]"""
+    rows = torch.randint(len(data), (agent.learners, args.miw_batch_size), device=agent.device)
+    starts = (agent.learners, args.miw_initial_batch_size)
+    starts = torch.randint(len(initial_obs), starts, device=agent.device)
+    batch = agent.split(data[rows])
+    with torch.no_grad():
+        if tables is None:
+            q, q_next = agent.critic.first(batch.obs, batch.action), q_of_policy(agent, batch.next_obs)
+            q_initial = q_of_policy(agent, initial_obs[starts])
+            polyak(agent.critic_slow, agent.critic, args.miw_tau)
+        else:
+            q, q_next = tables.q.gather(1, rows), tables.q_next.gather(1, rows)
+            q_initial = tables.q_initial.gather(1, starts)
+        omega_slow = agent.weight_target(batch.obs, batch.action)
+    omega = agent.weight(batch.obs, batch.action)
+    live = 1 - batch.terminated
+    loss = miw_loss(*miw_moments(omega, omega_slow, q, q_next, q_initial, live, args.gamma))
+    mean_omega = omega.mean(-1)
+    parameters = list(agent.weight.parameters())
+    loss_grads = torch.autograd.grad(loss.sum(), parameters, retain_graph=True)
+    mean_grads = torch.autograd.grad(mean_omega.sum(), parameters)
+    grads = project_gradient(loss_grads, mean_grads, mean_omega.detach(), args.miw_mean_bound)
+    apply_gradients(agent.optimizers["weight"], parameters, clip_gradients(grads, args.miw_grad_norm))
+    polyak(agent.weight_target, agent.weight, args.miw_tau)
+    return {"losses/weight_loss": loss.detach(), "weights/batch_mean": mean_omega.detach()}
+
+
+@torch.no_grad()
+def normalised_weight(agent: Agent, data: Tensor) -> Tensor:
+    """omega over the data divided by its mean, [L, N]."""
+    # Paper: omega. Code: omega / mean(omega). Here: code.
+    parts = [agent.split(p.expand(agent.learners, -1, -1)) for p in data.split(4096)]
+    omega = torch.cat([agent.weight(p.obs, p.action) for p in parts], -1)
+    return omega / omega.mean(-1, keepdim=True)
+
+
+def fit_weight(agent: Agent, data: Tensor, initial_obs: Tensor, args: Args, k: int, run: "Run") -> Tensor:
+    """MIW training before re-fit k, Eq. (11). -> weights of the data with mean one, [L, N]
+
+    Policy and critic stand still, so Q over the data is constant and only needs fresh actions now
+    and then (`miw_refresh`). The first window evaluates Q in every step, until its slow copy,
+    which starts at the target critic, has reached the critic.
+    """
+    done = run.progress.setdefault("miw_step", 0)
+    if done == 0:
+        agent.critic_slow.load_state_dict(agent.critic_target.state_dict())
+    sizes = (len(data), len(data), len(initial_obs))
+    tables = QTables(*(torch.zeros(agent.learners, n, device=agent.device) for n in sizes))
+    plain = capture(lambda: miw_step(agent, data, initial_obs, None, args), agent, args)
+    cached = capture(lambda: miw_step(agent, data, initial_obs, tables, args), agent, args)
+    window = args.miw_refresh if args.miw_refresh > 1 else 1000
+    while done < args.miw_steps:
+        seed_phase(args.seed, f"miw {k}", done)
+        use_tables = done > 0 and args.miw_refresh > 1
+        if use_tables:
+            fill_tables(agent, tables, data, initial_obs)
+        count = min(window, args.miw_steps - done)
+        for _ in range(count):
+            logs = (cached if use_tables else plain)()
+        run.progress["miw_step"] = done = done + count
+        run.after_steps(f"MIW training {k}", count, logs)
+    weight = normalised_weight(agent, data)
+    effective = weight.sum(-1).square() / weight.square().sum(-1) / weight.shape[1]
+    run.log(f"weights {k}", {"weights/max": weight.amax(-1), "weights/effective_share": effective})
+    return weight
+
+# ==================================================================================================
+# 6. Plumbing, the same in every file: data, environments, evaluation, training helpers, run folder
+# ==================================================================================================
+
+class UserError(Exception):
+    """A mistake the user can mend: main prints it as one sentence and exits with code 2."""
+
+
+class Dataset(NamedTuple):
+    """N transitions on the CPU, S observation and A action entries; no rows at time limits."""
+
+    obs: torch.Tensor  # [N, S] float32
+    action: torch.Tensor  # [N, A] float32 in [-1, 1], whatever the environment's own bounds
+    reward: torch.Tensor  # [N] float32, as stored
+    next_obs: torch.Tensor  # [N, S] float32; repeats obs where has_next is False
+    terminated: torch.Tensor  # [N] bool
+    next_row: torch.Tensor  # [N] int64, the row that holds (s', a'); -1 where this table has none
+    has_next: torch.Tensor  # [N] bool; False: s' was not stored, so the world model skips the row
+    episode_start_obs: torch.Tensor  # [episodes, S] float32, a cut last episode included
+    episodes: dict  # complete episodes: count, mean and std of their undiscounted return
+    source: str  # path of the file
+    sha256: str  # of the file, hex
+    notes: list  # sentences worth printing
+
+
+@functools.lru_cache
+def d4rl_tables():
+    """DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE of the installed d4rl. UserError without d4rl."""
+    spec = importlib.util.find_spec("d4rl")
+    if spec is None:
+        raise UserError("d4rl's tables are missing: pip install --no-deps d4rl==1.1")
+    # Why: `import d4rl` needs gym and mujoco_py (MuJoCo 2.1). Its tables are one plain file.
+    return runpy.run_path(os.path.join(spec.submodule_search_locations[0], "infos.py"))
+
+
+def find_dataset(env_id, dataset_path=None):
+    """`dataset_path`, else D4RL's cache, else a download into it -> Path. UserError: no file."""
+    if dataset_path is not None:
+        if not os.path.isfile(dataset_path):
+            raise UserError(f"--dataset-path {dataset_path}: there is no such file")
+        return Path(dataset_path)
+    url = d4rl_tables()["DATASET_URLS"].get(env_id)
+    if url is None:
+        raise UserError(f"{env_id} is not a D4RL dataset: name an HDF5 file with --dataset-path")
+    cache = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"  # D4RL's own places and names
+    path = Path(cache).expanduser() / url.rsplit("/", 1)[1]
+    if not path.is_file():
+        download(url, path, env_id)
+    return path
+
+
+def download(url, path, env_id):
+    """Fetch `url` to `path`, which appears only when whole. UserError names the ways out."""
+    part, reasons = path.with_name(path.name + ".part"), []
+    for address in dict.fromkeys((url.replace("http:", "https:", 1), url)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fetch(address, part)
+            os.replace(part, path)
+            return
+        except (OSError, http.client.HTTPException) as error:
+            if path.is_file():  # another process was faster
+                return
+            reasons.append(f"{address.split(':')[0]}: {error}")
+    raise UserError(
+        f"no dataset for {env_id} ({'; '.join(reasons)}): run again (a cut download resumes), "
+        f"download {url} to {path} by hand, name a file with --dataset-path, "
+        "or make one with collect.py"
+    )
+
+
+def fetch(url, part):
+    """Complete the file `part` from `url`, resuming where an earlier try stopped. OSError: cut."""
+    # Why no lock and no truncation at the start: processes that fetch the same file at once write
+    # the same bytes to the same places, so none can spoil another's work.
+    part.touch()
+    start = part.stat().st_size
+    request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=20)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:  # 416: the file ends before `start`, or right there. Begin anew
+            raise
+        part.unlink()
+        return fetch(url, part)
+    with response, open(part, "r+b") as file:
+        start = start if response.status == 206 else 0  # 200: this server cannot resume
+        length = response.headers.get("Content-Length")
+        total = None if length is None else start + int(length)
+        file.seek(start)
+        style = dict(unit="B", unit_scale=True, desc=part.stem, disable=None)
+        with tqdm(total=total, initial=start, **style) as bar:
+            while block := response.read(1 << 18):
+                file.write(block)
+                bar.update(len(block))
+        if total is not None and file.tell() < total:
+            raise OSError(f"cut after {file.tell()} of {total} bytes")
+        file.truncate()
+    try:
+        h5py.File(part, "r").close()
+    except OSError:  # a login page, say, or a file without its tail
+        part.unlink()
+        raise OSError("what the server sent is not a whole HDF5 file") from None
+
+
+def read_hdf5(path):
+    """D4RL's arrays by key, float32 [rows, ...] and flags bool [rows], and a list of notes.
+
+    UserError: truncated, not HDF5, not D4RL's layout, lengths that differ, no rows.
+    """
+    required, flags = ("observations", "actions", "rewards"), ("terminals", "timeouts")
+    try:
+        with h5py.File(path, "r") as file:
+            missing = [key for key in required if not isinstance(file.get(key), h5py.Dataset)]
+            if missing:
+                raise UserError(f"{path} is no D4RL file: it lacks {', '.join(missing)}")
+            if not any(key in file for key in flags):
+                raise UserError(f"{path} has neither terminals nor timeouts to tell episodes apart")
+            keys = [key for key in (*required, "next_observations", *flags) if key in file]
+            data = {key: file[key].astype(np.float32)[()] for key in keys}
+            origin = file.attrs.get("recollected")
+    except (OSError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is truncated or not D4RL's HDF5: get it again ({error})") from None
+    for key in {"rewards", *flags} & set(data):
+        if data[key].shape[1:] == (1,):  # some old files store columns
+            data[key] = data[key][:, 0]
+    for key in set(flags) & set(data):
+        data[key] = data[key] != 0  # and flags as 0.0 / 1.0 or uint8
+    lengths = {key: len(array) if array.ndim else 0 for key, array in data.items()}
+    if len(set(lengths.values())) > 1:
+        raise UserError(f"{path} is damaged: its arrays differ in length, {lengths}")
+    if not lengths["rewards"]:
+        raise UserError(f"{path} is empty: collect or download it again")
+    return data, [] if origin is None else [f"recollected: {origin}"]
+
+
+def check_arrays(path, data, env):
+    """Widths, finite numbers, actions within the space; clips and scales data["actions"] in place.
+
+    Returns notes. UserError names the key and the first bad row.
+    """
+    seen, box = env.observation_space.shape, env.action_space
+    shapes = {"observations": seen, "next_observations": seen, "actions": box.shape, "rewards": ()}
+    for key in (key for key in shapes if key in data):
+        array, shape = data[key], data[key].shape[1:]
+        if shape != shapes[key]:
+            raise UserError(
+                f"{path}: a row of {key} has shape {shape}, in the environment {shapes[key]}: "
+                "is it another task's file?"
+            )
+        if not np.isfinite(array.sum(dtype=np.float64)):  # NaN and inf survive a sum; it is fast
+            row = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))[0]
+            raise UserError(f"{path} is damaged: {key} holds NaN or infinity, first in row {row}")
+    action = data["actions"]
+    excess = np.maximum(action - box.high, box.low - action)
+    if excess.max() > 1e-3:
+        row = np.flatnonzero((excess > 1e-3).any(1))[0]
+        raise UserError(
+            f"{path}: the action in row {row} leaves the action space by {excess[row].max():.3g}: "
+            "clip the actions before they are stored"
+        )
+    clipped = int((excess > 0).sum())
+    np.clip(action, box.low, box.high, out=action)
+    action -= (box.high + box.low) / 2  # exactly nothing for D4RL, whose bounds are -1 and 1
+    action /= (box.high - box.low) / 2
+    return [f"{clipped} action entries beyond the bounds by <= 1e-3 were clipped"] * (clipped > 0)
+
+
+def episode_flags(path, data, limit):
+    """(terminated, timeout), bool [rows]; without timeouts in the file, `limit` steps are one."""
+    size = len(data["rewards"])
+    terminated = data.get("terminals", np.zeros(size, bool))
+    if "timeouts" in data:  # a row with both flags is a timeout, as in D4RL's loader
+        terminated, timeout = terminated & ~data["timeouts"], data["timeouts"]
+    else:
+        row = np.arange(size)
+        begins = np.concatenate([[True], terminated[:-1]])
+        step = row - np.maximum.accumulate(np.where(begins, row, 0))
+        timeout = (step % limit == limit - 1) & ~terminated
+    count = int((terminated | timeout).sum())
+    if count < 2:
+        raise UserError(
+            f"{path} has {count} complete episodes: its terminals or timeouts must end at least 2"
+        )
+    return terminated, timeout
+
+
+def pair(data, terminated, timeout):
+    """Which rows stay, and what follows each: the Dataset fields that are arrays, by name."""
+    obs, stored, size = data["observations"], data.get("next_observations"), len(terminated)
+    ended = terminated | timeout
+    keep = ~timeout
+    if stored is None:
+        keep[-1] &= terminated[-1]  # a cut tail: its last row has no s'
+    rows = np.flatnonzero(keep)
+    after = np.minimum(rows + 1, size - 1)
+    follows = ~ended[rows] & (rows + 1 < size)
+    first = np.concatenate([[True], ended[:-1]])
+    # Why: after a terminal stands the next episode's first state. It must never become s'.
+    unstored = obs[np.where(follows, after, rows)] if stored is None else None
+    return dict(
+        obs=obs[rows],
+        action=data["actions"][rows],
+        reward=data["rewards"][rows],
+        next_obs=unstored if stored is None else stored[rows],
+        terminated=terminated[rows],
+        next_row=np.where(follows & keep[after], np.cumsum(keep)[after] - 1, -1),
+        has_next=follows if stored is None else np.ones(len(rows), bool),
+        episode_start_obs=obs[first],
+    )
+
+
+def load_dataset(env_id, dataset_path, env):
+    """Find, read, check, pair -> Dataset. UserError: everything that can be wrong with it."""
+    path = find_dataset(env_id, dataset_path)
+    data, notes = read_hdf5(path)
+    notes += check_arrays(path, data, env)
+    limit = env.get_wrapper_attr("_max_episode_steps")
+    if "timeouts" not in data:
+        notes.append(f"no timeouts in the file: episodes are taken to end after {limit} steps")
+    if env_id.startswith(("hammer-", "relocate-")):
+        notes.append("scores of this environment were not checked against D4RL's references")
+    terminated, timeout = episode_flags(path, data, limit)
+    last = np.flatnonzero(terminated | timeout)
+    returns = np.diff(np.cumsum(data["rewards"], dtype=np.float64)[last], prepend=0.0)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Dataset(
+        **{key: torch.from_numpy(x) for key, x in pair(data, terminated, timeout).items()},
+        episodes={"count": len(last), "mean": float(returns.mean()), "std": float(returns.std())},
+        source=str(path),
+        sha256=digest,
+        notes=notes,
+    )
+
+
+def has_reference(env_id):
+    """Whether D4RL has reference scores for `env_id`."""
+    return env_id in d4rl_tables()["REF_MIN_SCORE"]
+
+
+def d4rl_score(env_id, returns):
+    """100 * (return - min) / (max - min) per episode, D4RL's references; raw returns without."""
+    returns = np.asarray(returns, np.float64)
+    if not has_reference(env_id):
+        return returns
+    low, high = (d4rl_tables()[name][env_id] for name in ("REF_MIN_SCORE", "REF_MAX_SCORE"))
+    return 100.0 * (returns - low) / (high - low)
+
+
+# --------------------------------------------------------------------------------------------------
+# Environments
+# --------------------------------------------------------------------------------------------------
+
+# D4RL family: gymnasium id, D4RL's time limit, where palm minus object stands in an observation.
+SIMULATORS = {
+    "hopper": ("Hopper-v4", 1000, None),
+    "halfcheetah": ("HalfCheetah-v4", 1000, None),
+    "walker2d": ("Walker2d-v4", 1000, None),
+    "pen": ("AdroitHandPen-v1", 100, None),
+    "door": ("AdroitHandDoor-v1", 200, lambda obs: obs[35:38]),
+    "hammer": ("AdroitHandHammer-v1", 200, lambda obs: obs[33:36] - obs[36:39]),
+    "relocate": ("AdroitHandRelocate-v1", 200, lambda obs: obs[30:33]),
+}
+MAZE_LIMITS = {"open": 150, "umaze": 300, "medium": 600, "large": 800}
+
+
+class D4RLSemantics(gymnasium.Wrapper):
+    """Ends and rewards a step as D4RL's environments do and gymnasium's successors do not."""
+
+    def __init__(self, env, pen, reach):
+        super().__init__(env)
+        self.pen, self.reach = pen, reach
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if self.pen:  # gymnasium-robotics takes the -5 for a drop but goes on; obs[26]: height, m
+            terminated = bool(obs[26] < 0.075)
+        if self.reach is not None:  # gymnasium-robotics 1.4.2 has +0.1 * distance, D4RL -0.1
+            reward -= 0.2 * np.linalg.norm(self.reach(obs))
+        # In D4RL a time limit wins over a fall in the same step.
+        return obs, float(reward), terminated and not truncated, truncated, info
+
+
+def quiet_make(name, limit, render_mode):
+    """gymnasium.make without what third parties say at every start and no user can change."""
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")  # gymnasium: "-v4 is out of date". It is D4RL's physics
+        mujoco.set_mju_user_warning(lambda text: None)  # mujoco 4: HalfCheetah's `settotalmass`
+        try:
+            if name not in gymnasium.registry:
+                import gymnasium_robotics  # 0.2 s; prints that rewards changed: see D4RLSemantics
+
+                gymnasium.register_envs(gymnasium_robotics)
+            limit = limit or gymnasium.spec(name).max_episode_steps or 1000
+            kwargs = dict(max_episode_steps=limit, render_mode=render_mode)
+            return gymnasium.make(name, disable_env_checker=True, **kwargs)
+        finally:
+            mujoco.set_mju_user_warning(None)
+
+
+def make_env(env_id, render_mode=None):
+    """A D4RL id with D4RL's semantics, else any registered environment. UserError: neither."""
+    urls = d4rl_tables()["DATASET_URLS"]
+    family, *words = env_id.split("-")
+    if env_id in urls and family == "maze2d":
+        maze = "-".join(word for word in words[:-1] if word != "dense")
+        env = Maze2dEnv(maze, "dense" if "dense" in words else "sparse", render_mode=render_mode)
+        return gymnasium.wrappers.TimeLimit(env, MAZE_LIMITS[maze.removeprefix("eval-")])
+    if env_id in urls and family in SIMULATORS:
+        name, limit, reach = SIMULATORS[family]
+        return D4RLSemantics(quiet_make(name, limit, render_mode), family == "pen", reach)
+    if env_id in urls:
+        raise UserError(f"--env-id {env_id}: D4RL's {family} tasks have no simulator here")
+    try:
+        env = quiet_make(env_id, None, render_mode)
+    except Exception as error:  # gymnasium's own errors, ImportError, whatever a constructor raises
+        near = difflib.get_close_matches(env_id, [*urls, *gymnasium.registry])
+        registered = env_id in gymnasium.registry
+        why = f"try {', '.join(near)}" if near and not registered else " ".join(str(error).split())
+        raise UserError(f"--env-id {env_id} cannot be made: {why}") from None
+    spaces = env.observation_space, env.action_space
+    flat = all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in spaces)
+    if not (flat and env.action_space.is_bounded()):
+        raise UserError(f"--env-id {env_id}: only flat observations and flat, bounded actions work")
+    return env
+
+
+@functools.lru_cache(maxsize=4)
+def env_slots(env_id, count):
+    """`count` environments, made once: an Adroit one takes 0.1 s to build."""
+    return [make_env(env_id) for _ in range(count)]
+
+
+def run_episodes(env_id, act, episodes, seed):
+    """One episode per slot, all in lockstep -> (returns float64, lengths int64), [episodes] each.
+
+    act: observations [episodes, S] float32 -> actions [episodes, A] in [-1, 1]. The batch keeps its
+    size (a finished slot repeats its last observation) so that no slot's result depends on others.
+    """
+    envs = env_slots(env_id, episodes)
+    seeds = [np.random.SeedSequence([seed, slot]).generate_state(1)[0] for slot in range(episodes)]
+    obs = np.array([envs[i].reset(seed=int(seeds[i]))[0] for i in range(episodes)], np.float32)
+    low, high = envs[0].action_space.low, envs[0].action_space.high
+    returns, lengths = np.zeros(episodes), np.zeros(episodes, np.int64)
+    live = list(range(episodes))
+    while live:
+        actions = (high + low) / 2 + np.asarray(act(obs)) * ((high - low) / 2)
+        for slot in tuple(live):
+            obs[slot], reward, terminated, truncated, _ = envs[slot].step(actions[slot])
+            returns[slot] += reward
+            lengths[slot] += 1
+            if terminated or truncated:
+                live.remove(slot)
+    return returns, lengths
+
+
+def initial_observations(env_id, count, seed):
+    """Observations after `count` resets, float32 [count, S]; 1e5 take 2 s (hopper), 9 s (door)."""
+    env = env_slots(env_id, 1)[0]
+    seeds = [seed] + [None] * (count - 1)
+    return np.array([env.reset(seed=s)[0] for s in seeds], np.float32)
+
+
+# D4RL's layouts, rows separated by "/": '#' wall, 'O' open, 'G' the goal cell (open as well). Row i
+# and column j are the x and y of an observation, so umaze's goal is at (1, 1).
+# Source: d4rl's pointmaze/maze_model.py.
+MAZES = {
+    "open": "#######/#OOOOO#/#OOGOO#/#OOOOO#/#######",
+    "umaze": "#####/#GOO#/###O#/#OOO#/#####",
+    "medium": "########/#OO##OO#/#OO#OOO#/##OOO###/#OO#OOO#/#O#OO#O#/#OOO#OG#/########",
+    "large": "############/#OOOO#OOOOO#/#O##O#O#O#O#/#OOOOOO#OOO#/#O####O###O#/"
+    "#OO#O#OOOOO#/##O#O#O#O###/#OO#OOO#OGO#/############",
+    "eval-umaze": "#####/#OOG#/#O###/#OOO#/#####",
+    "eval-medium": "########/#OOOOOG#/#O#O##O#/#OOOO#O#/###OO###/#OOOOOO#/#OO##OO#/########",
+    "eval-large": "############/#OO#OOO#OGO#/##O###O#O#O#/#OO#O#OOOOO#/#O##O#OO##O#/"
+    "#OOOOOO#OOO#/#O##O#O#O###/#OOOO#OOOOO#/############",
+}
+
+
+def maze_cells(maze, kinds):
+    """The (i, j) of every cell of `maze` whose letter is in `kinds`, row by row."""
+    rows = MAZES[maze].split("/")
+    return [(i, j) for i, row in enumerate(rows) for j, kind in enumerate(row) if kind in kinds]
+
+
+def maze_xml(maze):
+    """The MJCF of one maze, constants from d4rl's maze_model.py; colours and camera are ours.
+
+    The ball's joints are zero at world (1.2, 1.2) and wall (i, j) is centred on (i + 1, j + 1).
+    Observations are joint positions: the ball's centre (radius 0.1) can reach [i - 0.6, i + 0.2]
+    of a lone cell i, whose middle is i - 0.2, not i.
+    """
+    walls = "".join(
+        f'<geom class="wall" type="box" pos="{i + 1} {j + 1} 0" size=".5 .5 .2"/>'
+        for i, j in maze_cells(maze, "#")
+    )
+    rows = MAZES[maze].split("/")
+    eye = f"{(len(rows) + 1) / 2} {(len(rows[0]) + 1) / 2} {1.25 * max(len(rows), len(rows[0]))}"
+    goal = "{} {}".format(*(k + 1.2 for k in maze_cells(maze, "G")[0]))
+    return f"""
+    <mujoco>
+      <compiler inertiafromgeom="true"/>
+      <option timestep="0.01" gravity="0 0 0" iterations="20" integrator="Euler"/>
+      <visual><headlight ambient=".5 .5 .5"/></visual>
+      <default>
+        <geom density="1000" friction=".5 .1 .1" margin=".002" condim="1"/>
+        <default class="wall"><geom contype="2" rgba=".7 .5 .3 1"/></default>
+        <default class="look"><geom contype="0" conaffinity="0" rgba=".2 .25 .3 1"/></default>
+      </default>
+      <worldbody>
+        <camera name="top" fovy="45" pos="{eye}"/>
+        <geom class="look" type="plane" pos="0 0 -.1" size="40 40 1"/>
+        <site type="cylinder" pos="{goal} -.09" size=".5 .005" rgba=".6 .3 .3 1"/>
+        {walls}
+        <body pos="1.2 1.2 0">
+          <geom type="sphere" size=".1" rgba=".3 .8 .3 1"/>
+          <joint name="x" type="slide" axis="1 0 0" damping="1"/>
+          <joint name="y" type="slide" axis="0 1 0" damping="1"/>
+        </body>
+      </worldbody>
+      <actuator>
+        <motor joint="x" gear="100" ctrllimited="true" ctrlrange="-1 1"/>
+        <motor joint="y" gear="100" ctrllimited="true" ctrlrange="-1 1"/>
+      </actuator>
+    </mujoco>"""
+
+
+class Maze2dEnv(gymnasium.Env):
+    """D4RL's maze2d-v1, which never terminates; the limit of 300, 600 or 800 steps is make_env's.
+
+    Observation: (x, y, vx, vy) in m and m/s, float64 [4]. Action: force on x and y in 100 N, [2].
+    The reward of a step is a function of the *next* position: sparse, 1 within 0.5 of the goal
+    cell, else 0; dense, exp(-distance). In D4RL's datasets it is the same function of the *current*
+    position (D4RL issue #194).
+    """
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
+
+    def __init__(self, maze="umaze", reward_type="sparse", render_mode=None):
+        if maze not in MAZES or reward_type not in ("sparse", "dense"):
+            raise ValueError(f"no maze {maze!r} with {reward_type!r} reward; mazes: {list(MAZES)}")
+        self.maze, self.reward_type, self.render_mode = maze, reward_type, render_mode
+        self.observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (4,), np.float64)
+        self.action_space = gymnasium.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.goal = np.array(maze_cells(maze, "G")[0], np.float64)
+        self.start_cells = np.array(maze_cells(maze, "OG"), np.float64)  # [cells, 2]
+        self.model = mujoco.MjModel.from_xml_string(maze_xml(maze))
+        self.data = mujoco.MjData(self.model)
+        self.renderer = None
+
+    def reset(self, *, seed=None, options=None):
+        """A random open cell, position noise U(-0.1, 0.1), velocity noise N(0, 0.1)."""
+        super().reset(seed=seed)
+        mujoco.mj_resetData(self.model, self.data)  # forgets the contact solver's warm start, too
+        cell = self.start_cells[self.np_random.integers(len(self.start_cells))]
+        self.data.qpos[:] = cell + self.np_random.uniform(-0.1, 0.1, 2)
+        self.data.qvel[:] = 0.1 * self.np_random.standard_normal(2)
+        return np.concatenate([self.data.qpos, self.data.qvel]), {}
+
+    def step(self, action):
+        """One physics step of 0.01 s. About 75,000 steps/s on one core, a third of it physics."""
+        self.data.ctrl[:] = np.clip(action, -1.0, 1.0)
+        # The limit of 5 m/s acts before the step: observed speeds reach 5 + 0.95 / 4.19879 = 5.226.
+        self.data.qvel[:] = np.clip(self.data.qvel, -5.0, 5.0)
+        mujoco.mj_step(self.model, self.data)
+        obs = np.concatenate([self.data.qpos, self.data.qvel])
+        return obs, float(self.reward(obs)), False, False, {}
+
+    def reward(self, obs):
+        """Observations [..., 4] -> rewards [...], for steps of the environment and dataset rows."""
+        distance = np.linalg.norm(obs[..., :2] - self.goal, axis=-1)
+        return np.exp(-distance) if self.reward_type == "dense" else 1.0 * (distance <= 0.5)
+
+    def render(self):
+        """From above, x right, y up; the disc is the rewarded area. -> uint8 [480, 480, 3]"""
+        if self.renderer is None:
+            self.renderer = mujoco.Renderer(self.model, 480, 480)
+        mujoco.mj_forward(self.model, self.data)
+        self.renderer.update_scene(self.data, camera="top")
+        return self.renderer.render()
+
+    def close(self):
+        if self.renderer is not None:
+            self.renderer.close()
+            self.renderer = None
+
+
+# --- evaluation ---
+
+
+class Policy(nn.Module):
+    """Actor and critic of one learner on the CPU, as saved in policy.pt. See `load_policy`."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int):
+        super().__init__()
+        self.candidates = args.eval_candidates
+        self.actor = ImplicitPolicy(1, obs_dim, action_dim, args)
+        self.critic = TwinCritic(1, obs_dim, action_dim, args)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray) -> np.ndarray:
+        """obs [n, S] -> actions [n, A] in [-1, 1]: of ten samples the one with the largest min Q."""
+        # Paper: silent. Code: best of 10 by min Q, not by Q_1 as its comment says. Here: code.
+        states = torch.as_tensor(obs, dtype=torch.float32).repeat_interleave(self.candidates, 0)[None]
+        action = torch.tanh(self.actor(states))
+        value = self.critic(states, action).amin(1).view(len(obs), self.candidates)
+        best = value.argmax(-1) + self.candidates * torch.arange(len(obs))
+        return action[0, best].numpy()
+
+
+def policy_state(agent: "Agent", learner: int) -> dict[str, Tensor]:
+    """The tensors of one learner's Policy, copied to the CPU."""
+    own = {k: v for k, v in agent.state_dict().items() if k.startswith(("actor.", "critic."))}
+    return {k: v[learner : learner + 1].detach().cpu().clone() for k, v in own.items()}
+
+
+def load_policy(run: str, learner: int = 0) -> Policy:
+    """The policy saved in a run folder. Raises UserError if there is none."""
+    path = Path(run) / "policy.pt"
+    if not path.exists():
+        raise UserError(f"{run} holds no policy.pt: is it a run folder, and has it saved a checkpoint?")
+    saved = torch.load(path, weights_only=True, map_location="cpu")
+    policy = Policy(load_args(run), saved["obs_dim"], saved["action_dim"])
+    policy.load_state_dict(saved["learners"][learner])
+    return policy
+
+
+def evaluate(state: dict[str, Tensor], sizes: tuple[int, int], args: Args, learner: int, k: int, episodes: int):
+    """Returns [episodes] of one learner's policy in evaluation k. Alike in any process and thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        policy = Policy(args, *sizes)
+        policy.load_state_dict(state)
+        seed_phase(args.seed + learner, "evaluation", k)
+        returns, _ = run_episodes(args.env_id, policy.act, episodes, phase_seed(args.seed + learner, "episodes", k))
+    torch.set_num_threads(threads)
+    return returns
+
+
+def start_worker(matmul: str) -> None:
+    """First call in an evaluation process: Ctrl-C is the parent's business, products as in the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    set_cpu_matmul(matmul)
+
+
+def record_episode(policy: Policy, env_id: str, path: Path, seed: int = 0) -> None:
+    """Render one episode of at most 500 frames to a GIF. Raises UserError where nothing can render."""
+    from PIL import Image  # comes with matplotlib
+
+    os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "")
+    env = make_env(env_id, render_mode="rgb_array")
+    seed_phase(seed, "video")
+    frames, (obs, _), over = [], env.reset(seed=seed), False
+    low, high = env.action_space.low, env.action_space.high
+    try:
+        while not over and len(frames) < 500:
+            frames.append(Image.fromarray(env.render()).resize((240, 240)))
+            action = policy.act(obs[None].astype(np.float32))[0]
+            obs, _, terminated, truncated, _ = env.step(low + (action + 1) / 2 * (high - low))
+            over = terminated or truncated
+    except Exception as error:  # each OpenGL backend fails with errors of its own
+        raise UserError(
+            f"cannot render ({error}); install EGL or OSMesa and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+        ) from None
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=33, loop=0)
+
+
+# --- training helpers ---
+
+
+def phase_seed(seed: int, name: str, k: int = 0) -> int:
+    """A seed of its own for every network and every phase, so that phases do not disturb each other."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name} {k}".encode()).digest()[:4], "little")
+
+
+def seed_phase(seed: int, name: str, k: int = 0) -> None:
+    """Reseed torch (CPU and CUDA) from (seed, name, k)."""
+    torch.manual_seed(phase_seed(seed, name, k))
+
+
+def adam(parameters, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
+    """Fused Adam whose state exists from the start, so that captured graphs and checkpoints find it."""
+    parameters = list(parameters)
+    first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
+    on_cuda = first.device.type == "cuda"
+    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True, capturable=on_cuda)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
+    return optimizer
+
+
+def apply_gradients(optimizer: torch.optim.Adam, parameters: list[Tensor], grads: list[Tensor]) -> None:
+    for parameter, grad in zip(parameters, grads, strict=True):
+        parameter.grad = grad
+    optimizer.step()
+
+
+def clip_gradients(grads: list[Tensor], max_norm: float) -> list[Tensor]:
+    """Scale gradients [L, ...] so that every learner's own norm is at most max_norm."""
+    norm = torch.stack([g.square().flatten(1).sum(1) for g in grads]).sum(0).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    return [g * scale.view(-1, *[1] * (g.dim() - 1)) for g in grads]
+
+
+@torch.no_grad()
+def polyak(slow: nn.Module, fast: nn.Module, rate: float) -> None:
+    """slow += rate * (fast - slow), in place."""
+    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
+
+
+def capture(step: Callable[[], dict], agent: "Agent", args: Args) -> Callable[[], dict]:
+    """Record `step` as a CUDA graph at its first call and replay it after; itself on a CPU.
+
+    The warm-up that recording needs changes weights, moments, buffers and random state: they are
+    put back, so replay computes what plain calls would.
+    """
+    if agent.device.type != "cuda" or not args.cuda_graphs:
+        return step
+    graph, logs = torch.cuda.CUDAGraph(), {}
+
+    def record() -> None:
+        tensors = list(agent.state_dict().values())
+        tensors += [t for o in agent.optimizers.values() for s in o.state.values() for t in s.values()]
+        saved, rng = [t.clone() for t in tensors], torch.cuda.get_rng_state(agent.device)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                step()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            for tensor, value in zip(tensors, saved, strict=True):
+                tensor.copy_(value)
+        torch.cuda.set_rng_state(rng, agent.device)
+        with torch.cuda.graph(graph):
+            logs.update(step())
+
+    def replay() -> dict:
+        if not logs:
+            record()
+        graph.replay()
+        return logs
+
+    return replay
+
+
+def set_cpu_matmul(matmul: str) -> None:
+    """ "oneDNN" routes fp32 products away from torch's default library, "default" leaves them there."""
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16" if matmul == "oneDNN" else "none"
+
+
+def choose_cpu_matmul(args: Args) -> str:
+    """Take oneDNN's products where they keep fp32 accuracy on this processor. -> "oneDNN" or "default"
+
+    The setting permits bf16. Processors without AMX compute in fp32 all the same, at twice the
+    default's rate on AMD; those with AMX do not, so the result is compared with float64.
+    """
+    if not args.cpu_fast_matmul:
+        return "default"
+    set_cpu_matmul("oneDNN")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        x, w = torch.randn(2, 512, 400, requires_grad=True), torch.randn(2, 400, 300, requires_grad=True)
+    errors = []
+    for a, b in ((x, w), (x[0], w[0])):  # bmm and mm, forward and backward
+        product = a @ b
+        exact = a.double() @ b.double()
+        results = [product, *torch.autograd.grad(product.sum(), (a, b))]
+        exacts = [exact, *torch.autograd.grad(exact.sum(), (a, b))]
+        errors += [((r - e).abs().max() / e.abs().max()).item() for r, e in zip(results, exacts, strict=True)]
+    matmul = "oneDNN" if max(errors) < 5e-6 else "default"
+    set_cpu_matmul(matmul)
+    return matmul
+
+
+# --- run folder: logs, checkpoints, curves ---
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Call write(file) on a temporary file, sync it and rename it: `path` is old or new, never half.
+
+    Raises UserError if the disk is full or the folder cannot be written; `path` is then untouched.
+    """
+    part = path.with_suffix(path.suffix + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}); what was saved before is unharmed") from None
+
+
+def load_args(run: str) -> Args:
+    """The arguments of a run folder. Raises UserError if it is none."""
+    try:
+        saved = json.loads((Path(run) / "args.json").read_text())
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        return Args(**values)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{run} is no run folder of this script: {error}") from None
+
+
+class NonFiniteLoss(UserError):
+    """A loss became NaN or infinite; the last checkpoint is from before that."""
+
+
+class Run:
+    """The run's folder and everything that is written to it; see README, "Run folder"."""
+
+    def __init__(self, args: Args, algo: str):
+        self.args, self.algo, self.iteration = args, algo, 0
+        self.progress: dict = {}  # of a model fit or MIW training that a checkpoint interrupts
+        self.curves: list[dict] = []  # one dict per evaluation: iteration and returns [L][episodes]
+        self.pending: list = []  # evaluations under way in workers
+        self.seconds = {"model": 0.0, "miw": 0.0, "rollout": 0.0, "iterations": 0.0, "evaluation": 0.0}
+        self.unsaved_steps, self.interrupted, self.workers = 0, False, None
+        if args.resume:
+            self.dir = Path(args.resume)
+        else:
+            stamp = time.strftime("%Y%m%d-%H%M%S")
+            self.dir = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{algo}__{args.seed}__{stamp}"
+            try:
+                self.dir.mkdir(parents=True)
+            except OSError as error:
+                raise UserError(f"cannot make the run folder {self.dir}: {error}") from None
+            shutil.copy(__file__, self.dir)
+            text = json.dumps(dataclasses.asdict(args), indent=1).encode()
+            write_atomically(self.dir / "args.json", lambda f: f.write(text))
+
+    def open(self, agent: "Agent", matmul: str) -> None:
+        """Load the checkpoint of a resumed run, then open the logs behind it."""
+        self.agent, self.matmul, log_bytes = agent, matmul, 0
+        if self.args.resume:
+            log_bytes = self.load_checkpoint()
+        self.log_file = open(self.dir / "log.jsonl", "ab")
+        self.log_file.truncate(log_bytes)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tensorboard's own imports
+            from torch.utils.tensorboard import SummaryWriter
+        self.board = SummaryWriter(str(self.dir), purge_step=self.iteration)
+        self.wandb = start_wandb(self.args, self.dir) if self.args.track else None
+        if self.args.eval_workers:
+            context = multiprocessing.get_context("spawn")
+            self.workers = ProcessPoolExecutor(self.args.eval_workers, context, start_worker, (matmul,))
+        self.bar = tqdm(total=self.args.total_iterations, initial=self.iteration, unit="it", mininterval=1.0)
+        self.old_handler = signal.signal(signal.SIGINT, self.on_interrupt)
+        self.clock = time.perf_counter()
+
+    def on_interrupt(self, *_) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        self.bar.write("Ctrl-C: saving at the next safe point (press again to stop without saving)")
+
+    def took(self, phase: str) -> None:
+        """Book the time since the last call to a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.clock
+        self.clock = now
+
+    def log(self, phase: str, logs: dict[str, Tensor]) -> None:
+        """Read device tensors [L] once and write them. Raises NonFiniteLoss with the loss's name."""
+        values = {k: v.tolist() for k, v in logs.items()}
+        for key, row in values.items():
+            if not np.isfinite(row).all():
+                raise NonFiniteLoss(f"{key} is not finite ({row}) in {phase}, iteration {self.iteration}; "
+                                    f"the last good checkpoint is in {self.dir}")
+        line = {"iteration": self.iteration, "phase": phase} | values
+        self.log_file.write((json.dumps(line) + "\n").encode())
+        self.log_file.flush()
+        for key, row in values.items():
+            for learner, value in enumerate(row):
+                tag = key if len(row) == 1 else f"{key}/seed_{self.args.seed + learner}"
+                self.board.add_scalar(tag, value, self.iteration)
+        if self.wandb:
+            self.wandb.log({k: float(np.mean(v)) for k, v in values.items()}, step=self.iteration)
+
+    def after_steps(self, phase: str, steps: int, logs: dict[str, Tensor]) -> None:
+        """To be called at the safe points of a model fit or MIW training."""
+        self.log(phase, logs)
+        self.bar.set_postfix_str(f"{phase}: " + ", ".join(f"{k.split('/')[-1]} {v.mean():.3g}" for k, v in logs.items()))
+        self.unsaved_steps += steps
+        if self.interrupted or self.unsaved_steps >= self.args.checkpoint_every:
+            self.save_checkpoint()
+
+    def after_iteration(self, logs: dict[str, Tensor]) -> None:
+        """Count an iteration; log, evaluate and save when it is time."""
+        self.iteration += 1
+        self.progress, args, i = {}, self.args, self.iteration
+        self.bar.update()
+        last = i == args.total_iterations
+        if i % args.log_every == 0 or last:
+            self.took("iterations")
+            rate = args.log_every / max(time.perf_counter() - getattr(self, "log_clock", -math.inf), 1e-9)
+            self.log_clock = time.perf_counter()
+            self.log("training", logs | {"charts/SPS": torch.tensor([rate])})
+        if i % args.eval_every == 0 or last:
+            self.took("iterations")
+            self.start_evaluation(i // args.eval_every, args.eval_episodes)
+            self.took("evaluation")
+        self.unsaved_steps += 1
+        if self.interrupted or last or self.unsaved_steps >= args.checkpoint_every:
+            self.log("training", logs)
+            self.save_checkpoint()
+
+    def start_evaluation(self, k: int, episodes: int) -> None:
+        """Evaluate all learners, here or in the workers."""
+        sizes = (self.agent.columns[0], self.agent.columns[1])
+        jobs = [
+            (policy_state(self.agent, learner), sizes, self.args, learner, k, episodes)
+            for learner in range(self.agent.learners)
+        ]
+        if self.workers:
+            self.pending.append((self.iteration, [self.workers.submit(evaluate, *job) for job in jobs]))
+        else:
+            self.record(self.iteration, [evaluate(*job) for job in jobs])
+        self.collect_evaluations(wait=False)
+
+    def collect_evaluations(self, wait: bool) -> None:
+        while self.pending and (wait or all(f.done() for f in self.pending[0][1])):
+            iteration, futures = self.pending.pop(0)
+            self.record(iteration, [f.result() for f in futures])
+
+    def record(self, iteration: int, returns: list[np.ndarray]) -> None:
+        """Keep and show one evaluation."""
+        self.curves.append({"iteration": iteration, "returns": [r.tolist() for r in returns]})
+        scores = [d4rl_score(self.args.env_id, r) for r in returns]
+        self.log("evaluation", {
+            "eval/iteration": torch.tensor([float(iteration)]),
+            "eval/episodic_return": torch.tensor([r.mean() for r in returns]),
+            "eval/normalized_score_mean": torch.tensor([s.mean() for s in scores]),
+            "eval/normalized_score_std": torch.tensor([s.std() for s in scores]),
+        })
+        shown = " ".join(f"{s.mean():.1f}" for s in scores)
+        self.bar.set_postfix_str(f"score {shown}")
+        self.bar.write(f"iteration {iteration}: score {shown}")
+
+    def scores(self) -> np.ndarray:
+        """Mean score of every evaluation so far, [evaluations, L]."""
+        rows = [[d4rl_score(self.args.env_id, r).mean() for r in c["returns"]] for c in self.curves]
+        return np.array(rows).reshape(-1, self.agent.learners)
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoint.pt, policy.pt and curves.png. After Ctrl-C, stop here."""
+        self.collect_evaluations(wait=True)
+        agent = self.agent
+        state = agent.state_dict()
+        state["buffer"] = agent.buffer[:, : agent.buffer_rows]  # not the rows still empty
+        checkpoint = {
+            "iteration": self.iteration, "progress": self.progress, "curves": self.curves,
+            "seconds": self.seconds, "log_bytes": self.log_file.tell(), "matmul": self.matmul,
+            "threads": torch.get_num_threads(), "rng": torch.get_rng_state(),
+            "agent": state, "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()},
+        }
+        if agent.device.type == "cuda":
+            checkpoint["cuda_rng"] = torch.cuda.get_rng_state(agent.device)
+        write_atomically(self.dir / "checkpoint.pt", lambda f: torch.save(checkpoint, f))
+        learners = [policy_state(agent, learner) for learner in range(agent.learners)]
+        policy = {"obs_dim": agent.columns[0], "action_dim": agent.columns[1], "learners": learners}
+        write_atomically(self.dir / "policy.pt", lambda f: torch.save(policy, f))
+        plot_curves(self)
+        self.unsaved_steps = 0
+        if self.interrupted:
+            self.bar.close()
+            print(f"saved; continue with: python {Path(__file__).name} --resume {self.dir}")
+            raise SystemExit(130)
+
+    def load_checkpoint(self) -> int:
+        """Put everything back as it was. -> length of the log at that time"""
+        path = self.dir / "checkpoint.pt"
+        if not path.exists():
+            raise UserError(f"{self.dir} holds no checkpoint yet: start the run again without --resume")
+        saved = torch.load(path, weights_only=True, map_location=self.agent.device)
+        state = saved["agent"]
+        filled = state["buffer"]
+        state["buffer"] = self.agent.buffer
+        state["buffer"][:, : filled.shape[1]] = filled
+        self.agent.load_state_dict(state)
+        for name, optimizer in self.agent.optimizers.items():
+            optimizer.load_state_dict(saved["optimizers"][name])
+        for key in ("iteration", "progress", "curves", "seconds"):
+            setattr(self, key, saved[key])
+        if self.progress.get("fit"):
+            for key in ("idle", "stopped"):
+                self.progress["fit"][key] = self.progress["fit"][key].cpu()
+        torch.set_rng_state(saved["rng"].cpu())
+        if "cuda_rng" in saved and self.agent.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.agent.device)
+        return saved["log_bytes"]
+
+    def finish(self, dataset: "Dataset") -> dict:
+        """Score the final policies over more episodes, write result.json, print and return it."""
+        args = self.args
+        self.collect_evaluations(wait=True)
+        self.clock = time.perf_counter()
+        sizes = (self.agent.columns[0], self.agent.columns[1])
+        final = [
+            evaluate(policy_state(self.agent, l), sizes, args, l, -1, args.final_episodes)
+            for l in range(self.agent.learners)
+        ]
+        self.took("evaluation")
+        final_scores = [d4rl_score(args.env_id, r) for r in final]
+        scores = self.scores()
+        result = {
+            "algo": self.algo, "env_id": args.env_id,
+            "normalized": has_reference(args.env_id),
+            "dataset": dataset.source, "dataset_sha256": dataset.sha256, "dataset_notes": dataset.notes,
+            "seeds": [args.seed + l for l in range(self.agent.learners)],
+            "total_steps": self.iteration,
+            "last": scores[-1].tolist(), "mean_last_ten": scores[-10:].mean(0).tolist(),
+            "final_scores": [s.tolist() for s in final_scores],
+            "final_mean": [float(s.mean()) for s in final_scores],
+            "seconds": self.seconds,
+            "iterations_per_second": self.iteration / max(self.seconds["iterations"], 1e-9),
+            "evaluations": {"iterations": [c["iteration"] for c in self.curves], "scores": scores.tolist()},
+            "initial_states": args.initial_states, "cpu_matmul": self.matmul,
+            "threads": torch.get_num_threads(), "device": str(self.agent.device),
+            "versions": versions(), "git": git_hash(),
+        }
+        text = json.dumps(result, indent=1).encode()
+        write_atomically(self.dir / "result.json", lambda f: f.write(text))
+        self.close()
+        self.report(result, final_scores)
+        return result
+
+    def report(self, result: dict, final_scores: list[np.ndarray]) -> None:
+        kind = "normalized score" if result["normalized"] else "raw return (no D4RL reference)"
+        for seed, scores, last_ten in zip(result["seeds"], final_scores, result["mean_last_ten"], strict=True):
+            print(f"seed {seed}: {kind} {scores.mean():.1f} +- {scores.std():.1f} (standard deviation over "
+                  f"{len(scores)} episodes); mean of the last ten evaluations {last_ten:.1f}")
+        print(f"{self.dir}/result.json, {self.dir}/curves.png")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.board.close()
+        self.log_file.close()
+        if self.workers:
+            self.workers.shutdown(cancel_futures=True)
+        if self.wandb:
+            self.wandb.finish()
+        signal.signal(signal.SIGINT, self.old_handler)
+
+
+def start_wandb(args: Args, run_dir: Path):
+    """A Weights and Biases run. Raises UserError if wandb is not installed."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("--track needs Weights and Biases: pip install wandb") from None
+    return wandb.init(
+        project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, config=dataclasses.asdict(args)
+    )
+
+
+def plot_curves(run: Run) -> None:
+    """curves.png: the score of every learner and their mean against the iterations."""
+    if not run.curves:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    iterations, scores = [c["iteration"] for c in run.curves], run.scores()
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    for learner in range(scores.shape[1]):
+        axes.plot(iterations, scores[:, learner], lw=1, alpha=0.6, label=f"seed {run.args.seed + learner}")
+    if scores.shape[1] > 1:
+        axes.plot(iterations, scores.mean(1), color="black", lw=2, label="mean")
+    axes.set_xlabel("iteration")
+    axes.set_ylabel("normalized score" if has_reference(run.args.env_id) else "return")
+    axes.set_title(f"{run.algo.upper()} on {run.args.env_id}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120)
+    plt.close(figure)
+    write_atomically(run.dir / "curves.png", lambda f: f.write(image.getvalue()))
+
+
+def versions() -> dict[str, str]:
+    modules = {"torch": torch, "numpy": np, "gymnasium": gymnasium, "mujoco": mujoco}
+    return {"python": platform.python_version()} | {k: m.__version__ for k, m in modules.items()}
+
+
+def git_hash() -> str | None:
+    """Commit of the repository this script lies in, if any."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ==================================================================================================
+# 7. Training
+# ==================================================================================================
+
+
+def scale_rewards(reward: Tensor) -> Tensor:
+    """Rewards [N] to about [0, 1], the scale that every other constant assumes. Raises UserError."""
+    # Paper: the task's rewards. Code: min-max scaled, plus 1e-3 / span. Here: code.
+    span = reward.max() - reward.min()
+    if span == 0:
+        raise UserError("all rewards of the dataset are equal, so there is nothing to learn from")
+    return (reward - reward.min() + 1e-3) / span
+
+
+def prepare(dataset: "Dataset", args: Args, device: torch.device) -> tuple[Tensor, TerminationRule]:
+    """The dataset as rows [N, C] of Batch's fields with scaled rewards, and the termination rule."""
+    reward = scale_rewards(dataset.reward)
+    columns = [dataset.obs, dataset.action, reward[:, None], dataset.next_obs, dataset.terminated[:, None]]
+    data = torch.cat([c.float() for c in columns], -1).to(device)
+    obs_limit = 2 * torch.maximum(dataset.obs.abs().amax(0), dataset.next_obs.abs().amax(0))
+    margin = 10 * reward.std()
+    reward_limit = torch.maximum((reward.min() - margin).abs(), (reward.max() + margin).abs())
+    known, _ = known_termination(args.env_id)
+    return data, TerminationRule(known, obs_limit.to(device), reward_limit.to(device))
+
+
+def sample_initial_states(dataset: "Dataset", args: Args, device: torch.device) -> Tensor:
+    """Observations from mu0, [N0, S]."""
+    if args.initial_states == "dataset":
+        return dataset.episode_start_obs.to(device)
+    # Why said aloud: resets are access to the simulator, which a purist offline run must not have.
+    seed = phase_seed(args.seed, "initial states")
+    return torch.as_tensor(initial_observations(args.env_id, args.num_initial_states, seed)).to(device)
+
+
+def first_model(agent: Agent, dataset: "Dataset", data: Tensor, args: Args, run: Run) -> None:
+    """Fit the unweighted model, Eq. (4), and save it; or take it from --dynamics-from."""
+    if args.dynamics_from:
+        return load_model(agent, dataset, args)
+    fit_model(agent, dataset, data, torch.ones(agent.learners, len(data), device=agent.device), args, 0, run)
+    saved = {
+        "model": agent.model.state_dict(), "optimizer": agent.optimizers["model"].state_dict(),
+        "holdout_loss": run.progress["fit"]["best"], "dataset_sha256": dataset.sha256,
+    }
+    write_atomically(run.dir / "model.pt", lambda f: torch.save(saved, f))
+
+
+def load_model(agent: Agent, dataset: "Dataset", args: Args) -> None:
+    """The first model of another run, with its optimizer. Raises UserError if it does not fit."""
+    path = Path(args.dynamics_from) / "model.pt"
+    try:
+        saved = torch.load(path, weights_only=True, map_location=agent.device)
+        if saved["dataset_sha256"] != dataset.sha256:
+            raise UserError(f"--dynamics-from {path}: that model was fitted to another dataset")
+        agent.model.load_state_dict(saved["model"])
+    except (OSError, RuntimeError, KeyError) as error:
+        raise UserError(f"--dynamics-from {path}: no first model of the same size and --num-seeds there "
+                        f"({str(error).splitlines()[0]})") from None
+    agent.optimizers["model"].load_state_dict(saved["optimizer"])
+    choose_elites(agent, saved["holdout_loss"], args)
+
+
+def announce(dataset: "Dataset", args: Args, run: Run) -> None:
+    """Say what will be trained on what, before the hours begin."""
+    episodes = dataset.episodes
+    score = d4rl_score(args.env_id, np.array([episodes["mean"]]))[0]
+    print(f"run folder: {run.dir}")
+    print(f"dataset: {dataset.source}, {len(dataset.obs)} transitions, {episodes['count']} whole episodes "
+          f"with mean return {episodes['mean']:.1f}" + (f" (score {score:.1f})" if has_reference(args.env_id) else ""))
+    for note in dataset.notes:
+        print(f"note: {note}")
+    if args.env_id not in PAPER:
+        print(f"note: {args.env_id} is not a task of the paper; defaults and your flags apply")
+    if not known_termination(args.env_id)[1]:
+        print("note: no termination rule known for this task: model rollouts end only far outside the data")
+    if args.initial_states == "simulator":
+        print("note: initial states for omega come from simulator resets (--initial-states dataset: from the data)")
+    print(f"device: {run.agent.device}, {torch.get_num_threads()} CPU threads, matrix products: {run.matmul}")
+
+
+def train(args: Args) -> dict:
+    """Train args.num_seeds learners and return what result.json holds. Raises UserError."""
+    check_args(args)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    env = make_env(args.env_id)
+    dataset = load_dataset(args.env_id, args.dataset_path, env)
+    if args.batch_size > len(dataset.obs):
+        raise UserError(f"--batch-size {args.batch_size} is larger than the dataset ({len(dataset.obs)} rows)")
+    data, rule = prepare(dataset, args, device)
+    agent = Agent(args, dataset.obs.shape[1], dataset.action.shape[1], device)
+    run = Run(args, "ampl")
+    run.open(agent, choose_cpu_matmul(args))
+    announce(dataset, args, run)
+    rollout_logs: dict[str, Tensor] = {}
+    initial_obs = None  # sampled when omega first needs them
+
+    step = {
+        (warmup, step_actor): capture(
+            functools.partial(iterate, agent, data, rule, args, warmup, step_actor), agent, args
+        )
+        for warmup in (True, False)
+        for step_actor in (True, False)
+    }
+    refresh = capture(lambda: imagine(agent, data, rule, args), agent, args)
+
+    while run.iteration < args.total_iterations:  # Alg. 1
+        i = run.iteration
+        if i == 0:
+            first_model(agent, dataset, data, args, run)  # Eq. (4)
+            run.took("model")
+        elif i % args.model_retrain_every == 0:
+            k = i // args.model_retrain_every
+            if initial_obs is None:
+                initial_obs = sample_initial_states(dataset, args, device)
+            weight = fit_weight(agent, data, initial_obs, args, k, run)  # Eq. (11)
+            run.took("miw")
+            fit_model(agent, dataset, data, weight, args, k, run)  # Eq. (6)
+            run.took("model")
+        if i % args.rollout_every == 0:
+            seed_phase(args.seed, "rollout", i)
+            run.took("iterations")
+            rollout_logs = refresh()  # D_model
+            seed_phase(args.seed, "iterations", i)
+            run.took("rollout")
+        agent.real_rows.fill_(real_rows(i, args))
+        logs = step[i < args.warmup_iterations, i % args.policy_frequency == 0]()  # Eq. (12) to (17)
+        run.after_iteration(logs | rollout_logs)
+    return run.finish(dataset)
+
+
+def evaluate_run(args: Args) -> None:
+    """Score the saved policies of a run; with --capture-video also render an episode."""
+    saved_args = load_args(args.evaluate)
+    learners = range(saved_args.num_seeds)
+    for learner in learners:
+        policy = load_policy(args.evaluate, learner)
+        seed_phase(saved_args.seed + learner, "evaluation", -2)
+        episode_seed = phase_seed(saved_args.seed + learner, "episodes", -2)
+        returns, _ = run_episodes(saved_args.env_id, policy.act, args.final_episodes, episode_seed)
+        scores = d4rl_score(saved_args.env_id, returns)
+        print(f"seed {saved_args.seed + learner}: return {returns.mean():.1f}, score {scores.mean():.1f} "
+              f"+- {scores.std():.1f} over {len(scores)} episodes")
+    if args.capture_video:
+        record_episode(load_policy(args.evaluate), saved_args.env_id, Path(args.evaluate) / "episode.gif")
+
+
+def main() -> None:
+    """Command line: train, --resume, --evaluate."""
+    args = parse_args()
+    try:
+        if args.evaluate:
+            evaluate_run(args)
+        else:
+            resumed = dataclasses.replace(load_args(args.resume), resume=args.resume) if args.resume else args
+            train(resumed)
+    except UserError as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
