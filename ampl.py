@@ -1,8 +1,9 @@
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "torch==2.13.0", "numpy>=2.0", "gymnasium>=1.2", "gymnasium-robotics>=1.4.2,<1.4.3", "mujoco>=3.3",
-#   "h5py>=3.11", "tyro>=1.0", "tqdm>=4.66", "tensorboard>=2.18", "matplotlib>=3.9", "d4rl==1.1",
+#   "d4rl==1.1", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "h5py==3.16.0",
+#   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow", "tensorboard==2.21.0",
+#   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
 # ///
 """AMPL: offline model-based RL that alternates model training and policy learning, in one file.
@@ -14,14 +15,14 @@ each stored (s, a), and keeps the policy's (s, a) pairs close to the data's with
 
 Algorithm 1, with the equations as they are tagged below:
 
-    initialise policy, critics, discriminator, omega; fit the model to the data          Eq. (4)
+    initialise policy, critics, discriminator, omega; fit the model to the data       Eq. (4)
     for each iteration:
-        every `model_retrain_every`: estimate omega and refit the model with it          Eq. (11), (6)
+        every `model_retrain_every`: estimate omega, refit the model with it          Eq. (11), (6)
         every `rollout_every`: roll the policy out in the model into a FIFO buffer
         sample a batch, a part from the data and the rest from the buffer
-        critics:       regress on a conservative target                                  Eq. (12), (13)
-        policy:        maximise Q, and fool the discriminator                            Eq. (15), (17)
-        discriminator: tell the data's (s, a) from the policy's (s, a) and (s', a')      Eq. (14), (16)
+        critics:       regress on a conservative target                               Eq. (12), (13)
+        policy:        maximise Q, and fool the discriminator                         Eq. (15), (17)
+        discriminator: tell the data's (s, a) from the policy's (s, a), (s', a')      Eq. (14), (16)
 
 Run: `python ampl.py --env-id pen-human-v1`. Settings of the paper's sixteen tasks: `PAPER`.
 Every tensor carries a leading axis of independent learners, one per seed: [learners, ...].
@@ -50,7 +51,7 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,13 @@ class Args:
     """Adam (authors' launch script; their main program's default, 3e-4, is never used)"""
     model_batch_size: int = 128
     """rows per member and step (authors' code: min(512, 128))"""
-    model_weight_decay: tuple[float, float, float, float, float] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)
+    model_weight_decay: tuple[float, float, float, float, float] = (
+        2.5e-5,
+        5e-5,
+        7.5e-5,
+        7.5e-5,
+        1e-4,
+    )
     """coupled L2 of the four hidden layers and of the heads (authors' code)"""
     model_epoch_steps: int = 1000
     """steps between two looks at the hold-out loss (authors' code)"""
@@ -151,7 +158,7 @@ class Args:
     real_decay_every: int = 5000
     """after the warm start the share of real rows falls by 0.1 this often (authors' code)"""
     shared_rollout_action: bool = False
-    """give all rollouts of a chunk the first state's action, as the authors' code does by mistake"""
+    """give all rollouts of a chunk the first state's action (authors' code, by mistake)"""
 
     # --- critic ---
     gamma: float = 0.99
@@ -241,21 +248,21 @@ class Args:
 PAPER: dict[str, dict] = {
     # fmt: off
     "halfcheetah-medium-expert-v2": dict(horizon=5, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
-    "hopper-medium-expert-v2":      dict(horizon=3, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
-    "walker2d-medium-expert-v2":    dict(horizon=5, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
-    "halfcheetah-medium-v2":        dict(horizon=1, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
-    "hopper-medium-v2":             dict(horizon=1, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
-    "walker2d-medium-v2":           dict(horizon=3, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "hopper-medium-expert-v2": dict(horizon=3, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "walker2d-medium-expert-v2": dict(horizon=5, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "halfcheetah-medium-v2": dict(horizon=1, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "hopper-medium-v2": dict(horizon=1, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "walker2d-medium-v2": dict(horizon=3, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
     "halfcheetah-medium-replay-v2": dict(horizon=3, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
-    "hopper-medium-replay-v2":      dict(horizon=1, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
-    "walker2d-medium-replay-v2":    dict(horizon=5, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
-    "maze2d-umaze-v1":              dict(horizon=3, noise_dim=2,  miw_alpha=0.2, noise_std=1.0),
-    "maze2d-medium-v1":             dict(horizon=3, noise_dim=50, miw_alpha=0.2, noise_std=1.0),
-    "maze2d-large-v1":              dict(horizon=1, noise_dim=50, miw_alpha=0.2, noise_std=1.0),
-    "pen-cloned-v1":                dict(horizon=5, noise_dim=1,  miw_alpha=0.2, noise_std=1e-3),
-    "pen-expert-v1":                dict(horizon=1, noise_dim=50, miw_alpha=0.2, noise_std=1.0),
-    "door-expert-v1":               dict(horizon=1, noise_dim=10, miw_alpha=0.2, noise_std=1.0),
-    "pen-human-v1":                 dict(horizon=1, noise_dim=1,  miw_alpha=0.2, noise_std=1e-3),
+    "hopper-medium-replay-v2": dict(horizon=1, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "walker2d-medium-replay-v2": dict(horizon=5, noise_dim=50, miw_alpha=0.5, noise_std=1.0),
+    "maze2d-umaze-v1": dict(horizon=3, noise_dim=2, miw_alpha=0.2, noise_std=1.0),
+    "maze2d-medium-v1": dict(horizon=3, noise_dim=50, miw_alpha=0.2, noise_std=1.0),
+    "maze2d-large-v1": dict(horizon=1, noise_dim=50, miw_alpha=0.2, noise_std=1.0),
+    "pen-cloned-v1": dict(horizon=5, noise_dim=1, miw_alpha=0.2, noise_std=1e-3),
+    "pen-expert-v1": dict(horizon=1, noise_dim=50, miw_alpha=0.2, noise_std=1.0),
+    "door-expert-v1": dict(horizon=1, noise_dim=10, miw_alpha=0.2, noise_std=1.0),
+    "pen-human-v1": dict(horizon=1, noise_dim=1, miw_alpha=0.2, noise_std=1e-3),
     # fmt: on
 }
 
@@ -298,6 +305,7 @@ def check_args(args: Args) -> None:
         raise UserError("--buffer-size must hold at least one refresh of --rollout-rows")
     if not 0 <= args.gamma < 1:
         raise UserError("--gamma must lie in [0, 1)")
+
 
 # ==================================================================================================
 # 2. Networks
@@ -416,7 +424,9 @@ class DynamicsEnsemble(nn.Module):
         super().__init__()
         sizes = [obs_dim + action_dim] + 4 * [width]
         lead = (learners, members)
-        self.trunk = nn.ModuleList(Linear(lead, i, o) for i, o in zip(sizes, sizes[1:], strict=False))
+        self.trunk = nn.ModuleList(
+            Linear(lead, i, o) for i, o in zip(sizes, sizes[1:], strict=False)
+        )
         self.heads = Linear(lead, width, 2 * (1 + obs_dim))  # mean and log_std side by side
         for layer in [*self.trunk, self.heads]:
             # A normal cut at two deviations by wrapping round, as the authors' fmod does.
@@ -480,7 +490,12 @@ class DynamicsEnsemble(nn.Module):
 
 
 def conservative_target(
-    reward: Tensor, terminated: Tensor, q_next: Tensor, gamma: float, q_min_weight: float, bound: float
+    reward: Tensor,
+    terminated: Tensor,
+    q_next: Tensor,
+    gamma: float,
+    q_min_weight: float,
+    bound: float,
 ) -> Tensor:
     """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j); q_next [L, 2, B], the rest [L, B]. Eq. (12)"""
     q = q_min_weight * q_next.amin(1) + (1 - q_min_weight) * q_next.amax(1)  # Eq. (12)
@@ -505,7 +520,9 @@ def generator_loss(logit_fake: Tensor, keep: Tensor) -> Tensor:
     return masked_mean(F.softplus(-logit_fake), keep)  # Eq. (15)
 
 
-def discriminator_loss(logit_true: Tensor, logit_fake: Tensor, keep: Tensor, label: Tensor) -> Tensor:
+def discriminator_loss(
+    logit_true: Tensor, logit_fake: Tensor, keep: Tensor, label: Tensor
+) -> Tensor:
     """Cross-entropy of telling true from fake pairs; label [L, B] of the true rows. Eq. (16)"""
     # Paper: labels 1, no factor. Code: labels U[0.8, 1) and half the sum. Here: code.
     true_part = (F.softplus(logit_true) - label * logit_true).mean(-1)
@@ -527,11 +544,19 @@ def model_loss(mean: Tensor, log_std: Tensor, target: Tensor, weight: Tensor) ->
 
 
 def miw_moments(
-    omega: Tensor, omega_slow: Tensor, q: Tensor, q_next: Tensor, q_initial: Tensor, live: Tensor, gamma: float
+    omega: Tensor,
+    omega_slow: Tensor,
+    q: Tensor,
+    q_next: Tensor,
+    q_initial: Tensor,
+    live: Tensor,
+    gamma: float,
 ) -> tuple[Tensor, Tensor]:
     """Both sides of Eq. (10), [L] each, estimated from rows [L, B] and initial states [L, B0]."""
     left = (omega * q).mean(-1)  # Eq. (10)
-    right = gamma * (omega_slow * live * q_next).mean(-1) + (1 - gamma) * q_initial.mean(-1)  # Eq. (10)
+    right = gamma * (omega_slow * live * q_next).mean(-1) + (1 - gamma) * q_initial.mean(
+        -1
+    )  # Eq. (10)
     return left, right
 
 
@@ -574,7 +599,7 @@ class Batch(NamedTuple):
 
 
 class Agent(nn.Module):
-    """All learners' networks, model buffer and optimizers; its state is the whole training state."""
+    """All learners' networks, buffer and optimizers; its state is the whole training state."""
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         super().__init__()
@@ -597,7 +622,9 @@ class Agent(nn.Module):
         self.critic_slow = copy.deepcopy(self.critic)  # Q' of MIW training
         self.elites.requires_grad_(False)  # a copy of the best members, made after each fit
         self.register_buffer("q_avg", torch.full((args.num_seeds,), -1.0))  # -1: no batch seen yet
-        self.register_buffer("buffer", torch.zeros(args.num_seeds, args.buffer_size, sum(self.columns)))
+        self.register_buffer(
+            "buffer", torch.zeros(args.num_seeds, args.buffer_size, sum(self.columns))
+        )
         self.register_buffer("buffer_end", torch.zeros((), dtype=torch.long))  # next row to write
         self.register_buffer("buffer_rows", torch.zeros((), dtype=torch.long))  # rows filled
         self.register_buffer("real_rows", torch.full((), args.batch_size))  # of a mixed batch
@@ -663,7 +690,7 @@ def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
 
 
 def fake_pairs(agent: Agent, obs: Tensor, rule: "TerminationRule") -> tuple[Tensor, Tensor, Tensor]:
-    """The policy's pairs at s and at the model's s'. -> obs, raw action, keep, [L, 2B, ...]. Eq. (14)
+    """The policy's pairs at s and at the model's s': obs, raw action, keep [L, 2B, ...]. Eq. (14)
 
     The gradient reaches the policy through both raw actions; s' is a constant. Pairs whose s' is
     terminal get weight 0.
@@ -684,7 +711,13 @@ def true_pairs(agent: Agent, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def update_gan(
-    agent: Agent, batch: Batch, data: Tensor, rule: "TerminationRule", args: Args, warmup: bool, step_actor: bool
+    agent: Agent,
+    batch: Batch,
+    data: Tensor,
+    rule: "TerminationRule",
+    args: Args,
+    warmup: bool,
+    step_actor: bool,
 ) -> dict[str, Tensor]:
     """One step of the discriminator and, if `step_actor`, of the policy. -> logs [L]
 
@@ -695,7 +728,9 @@ def update_gan(
     q_abs = q_min.detach().abs().mean(-1)
     q_avg = torch.where(agent.q_avg < 0, q_abs, agent.q_avg)
     with torch.set_grad_enabled(step_actor):
-        obs, raw, keep = fake_pairs(agent, agent.sample(data, args.batch_size).obs, rule)  # Eq. (14)
+        obs, raw, keep = fake_pairs(
+            agent, agent.sample(data, args.batch_size).obs, rule
+        )  # Eq. (14)
     logit_fake = agent.discriminator(obs, raw)
     logit_true = agent.discriminator(*true_pairs(agent, data, obs.shape[1]))
     label = args.label_smoothing + (1 - args.label_smoothing) * torch.rand_like(logit_true)
@@ -703,7 +738,10 @@ def update_gan(
     # Paper: no warm start. Code: the policy only imitates in the first 40 epochs. Here: code.
     actor_loss = gan_loss if warmup else policy_loss(q_min, q_avg, gan_loss, args.q_coef)
     disc_loss = discriminator_loss(logit_true, logit_fake, keep, label)
-    disc_parameters, actor_parameters = list(agent.discriminator.parameters()), list(agent.actor.parameters())
+    disc_parameters, actor_parameters = (
+        list(agent.discriminator.parameters()),
+        list(agent.actor.parameters()),
+    )
     # autograd.grad computes just the gradients asked for: none of D's weights in the policy's step,
     # none of the policy's in D's.
     if step_actor:
@@ -752,7 +790,7 @@ class TerminationRule(NamedTuple):
 
     def __call__(self, reward: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
         """-> reward [L, B], terminated [L, B] as 0 or 1."""
-        # Paper: not in the main text. Code: the two range checks also overwrite the reward. Here: code.
+        # Paper: silent. Code: the two range checks also overwrite the reward. Here: code.
         outside = (next_obs.abs() > self.obs_limit).any(-1) | (reward.abs() > self.reward_limit)
         terminated = outside | self.known(next_obs)
         return torch.where(outside, -self.reward_limit, reward), terminated.float()
@@ -814,7 +852,7 @@ def random_rows(agent: Agent, data: Tensor, count: int) -> Tensor:
 
 
 def training_pairs(agent: Agent, dataset: "Dataset", data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows the model learns from, normalised: inputs [n, S + A], targets [n, 1 + S], row numbers [n].
+    """The model's rows, normalised: inputs [n, S + A], targets [n, 1 + S]; their numbers [n].
 
     Terminals whose next observation was not stored stay out.
     """
@@ -848,7 +886,9 @@ def model_step(
 
 
 @torch.no_grad()
-def holdout_loss(agent: Agent, inputs: Tensor, targets: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
+def holdout_loss(
+    agent: Agent, inputs: Tensor, targets: Tensor, weight: Tensor, rows: Tensor
+) -> Tensor:
     """The weighted loss of every member on rows [L, n]. -> [L, M]"""
     total, chunk = 0.0, 512 if agent.device.type == "cpu" else rows.shape[1]
     for part in rows.split(chunk, 1):  # chunks stay in a CPU's cache
@@ -876,7 +916,9 @@ def model_tensors(agent: Agent) -> list[Tensor]:
     """The model's parameters and Adam moments, all [L, ...]."""
     parameters = list(agent.model.parameters())
     moments = [agent.optimizers["model"].state[p] for p in parameters]
-    return [p.detach() for p in parameters] + [m[k] for m in moments for k in ("exp_avg", "exp_avg_sq")]
+    return [p.detach() for p in parameters] + [
+        m[k] for m in moments for k in ("exp_avg", "exp_avg_sq")
+    ]
 
 
 @torch.no_grad()
@@ -916,7 +958,9 @@ def choose_elites(agent: Agent, loss: Tensor, args: Args) -> None:
     """Copy the members with the lowest hold-out loss [L, M] to agent.elites."""
     order = loss.argsort(-1)[:, : args.num_elites]  # [L, E]
     learner = torch.arange(agent.learners, device=agent.device).unsqueeze(-1)
-    for elite, member in zip(agent.elites.member_parameters(), agent.model.member_parameters(), strict=True):
+    for elite, member in zip(
+        agent.elites.member_parameters(), agent.model.member_parameters(), strict=True
+    ):
         elite.copy_(member[learner, order])
     agent.elites.max_log_std.copy_(agent.model.max_log_std)
     agent.elites.min_log_std.copy_(agent.model.min_log_std)
@@ -924,7 +968,9 @@ def choose_elites(agent: Agent, loss: Tensor, args: Args) -> None:
         elite.copy_(value)
 
 
-def fit_model(agent: Agent, dataset: "Dataset", data: Tensor, weight: Tensor, args: Args, k: int, run: "Run") -> None:
+def fit_model(
+    agent: Agent, dataset: "Dataset", data: Tensor, weight: Tensor, args: Args, k: int, run: "Run"
+) -> None:
     """Fit k of the model: Eq. (4) at weights one (k = 0), Eq. (6) afterwards; weight [L, N].
 
     Re-fits go on from the present weights and Adam state, on a new split, until no member has
@@ -938,7 +984,9 @@ def fit_model(agent: Agent, dataset: "Dataset", data: Tensor, weight: Tensor, ar
     holdout_rows, train_rows = order[:, :held].contiguous(), order[:, held:].contiguous()
     fit = run.progress.setdefault("fit", None) or fit_state(agent, args)
     run.progress["fit"] = fit
-    step = capture(lambda: model_step(agent, inputs, targets, weight, train_rows, args), agent, args)
+    step = capture(
+        lambda: model_step(agent, inputs, targets, weight, train_rows, args), agent, args
+    )
     while fit["epoch"] < args.model_max_epochs and not fit["stopped"].all():
         seed_phase(args.seed, f"model fit {k}", fit["epoch"])
         for _ in range(args.model_epoch_steps):
@@ -987,7 +1035,10 @@ def miw_step(
     batch = agent.split(data[rows])
     with torch.no_grad():
         if tables is None:
-            q, q_next = agent.critic.first(batch.obs, batch.action), q_of_policy(agent, batch.next_obs)
+            q, q_next = (
+                agent.critic.first(batch.obs, batch.action),
+                q_of_policy(agent, batch.next_obs),
+            )
             q_initial = q_of_policy(agent, initial_obs[starts])
             polyak(agent.critic_slow, agent.critic, args.miw_tau)
         else:
@@ -1002,7 +1053,9 @@ def miw_step(
     loss_grads = torch.autograd.grad(loss.sum(), parameters, retain_graph=True)
     mean_grads = torch.autograd.grad(mean_omega.sum(), parameters)
     grads = project_gradient(loss_grads, mean_grads, mean_omega.detach(), args.miw_mean_bound)
-    apply_gradients(agent.optimizers["weight"], parameters, clip_gradients(grads, args.miw_grad_norm))
+    apply_gradients(
+        agent.optimizers["weight"], parameters, clip_gradients(grads, args.miw_grad_norm)
+    )
     polyak(agent.weight_target, agent.weight, args.miw_tau)
     return {"losses/weight_loss": loss.detach(), "weights/batch_mean": mean_omega.detach()}
 
@@ -1016,7 +1069,9 @@ def normalised_weight(agent: Agent, data: Tensor) -> Tensor:
     return omega / omega.mean(-1, keepdim=True)
 
 
-def fit_weight(agent: Agent, data: Tensor, initial_obs: Tensor, args: Args, k: int, run: "Run") -> Tensor:
+def fit_weight(
+    agent: Agent, data: Tensor, initial_obs: Tensor, args: Args, k: int, run: "Run"
+) -> Tensor:
     """MIW training before re-fit k, Eq. (11). -> weights of the data with mean one, [L, N]
 
     Policy and critic stand still, so Q over the data is constant and only needs fresh actions now
@@ -1046,9 +1101,13 @@ def fit_weight(agent: Agent, data: Tensor, initial_obs: Tensor, args: Args, k: i
     run.log(f"weights {k}", {"weights/max": weight.amax(-1), "weights/effective_share": effective})
     return weight
 
+
 # ==================================================================================================
 # 6. Plumbing, the same in every file: data, environments, evaluation, training helpers, run folder
 # ==================================================================================================
+
+# --- datasets ---
+
 
 class UserError(Exception):
     """A mistake the user can mend: main prints it as one sentence and exits with code 2."""
@@ -1121,8 +1180,7 @@ def fetch(url, part):
     """Complete the file `part` from `url`, resuming where an earlier try stopped. OSError: cut."""
     # Why no lock and no truncation at the start: processes that fetch the same file at once write
     # the same bytes to the same places, so none can spoil another's work.
-    part.touch()
-    start = part.stat().st_size
+    start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
     try:
         response = urllib.request.urlopen(request, timeout=20)
@@ -1131,6 +1189,7 @@ def fetch(url, part):
             raise
         part.unlink()
         return fetch(url, part)
+    part.touch()
     with response, open(part, "r+b") as file:
         start = start if response.status == 206 else 0  # 200: this server cannot resume
         length = response.headers.get("Content-Length")
@@ -1200,27 +1259,27 @@ def check_arrays(path, data, env):
             row = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))[0]
             raise UserError(f"{path} is damaged: {key} holds NaN or infinity, first in row {row}")
     action = data["actions"]
-    excess = np.maximum(action - box.high, box.low - action)
-    if excess.max() > 1e-3:
-        row = np.flatnonzero((excess > 1e-3).any(1))[0]
+    outside = np.flatnonzero(((action < box.low) | (action > box.high)).any(1))
+    excess = np.maximum(action[outside] - box.high, box.low - action[outside])
+    if (excess > 1e-3).any():
+        first = np.flatnonzero((excess > 1e-3).any(1))[0]
         raise UserError(
-            f"{path}: the action in row {row} leaves the action space by {excess[row].max():.3g}: "
-            "clip the actions before they are stored"
+            f"{path}: the action in row {outside[first]} leaves the action space by "
+            f"{excess[first].max():.3g}: clip the actions before they are stored"
         )
-    clipped = int((excess > 0).sum())
-    np.clip(action, box.low, box.high, out=action)
+    action[outside] = np.clip(action[outside], box.low, box.high)
     action -= (box.high + box.low) / 2  # exactly nothing for D4RL, whose bounds are -1 and 1
     action /= (box.high - box.low) / 2
-    return [f"{clipped} action entries beyond the bounds by <= 1e-3 were clipped"] * (clipped > 0)
+    count = int((excess > 0).sum())
+    return [f"{count} action entries beyond the bounds by <= 1e-3 were clipped"] if count else []
 
 
 def episode_flags(path, data, limit):
     """(terminated, timeout), bool [rows]; without timeouts in the file, `limit` steps are one."""
     size = len(data["rewards"])
     terminated = data.get("terminals", np.zeros(size, bool))
-    if "timeouts" in data:  # a row with both flags is a timeout, as in D4RL's loader
-        terminated, timeout = terminated & ~data["timeouts"], data["timeouts"]
-    else:
+    timeout = data.get("timeouts")  # a row with both flags is dropped, as by D4RL's loader
+    if timeout is None:
         row = np.arange(size)
         begins = np.concatenate([[True], terminated[:-1]])
         step = row - np.maximum.accumulate(np.where(begins, row, 0))
@@ -1296,9 +1355,7 @@ def d4rl_score(env_id, returns):
     return 100.0 * (returns - low) / (high - low)
 
 
-# --------------------------------------------------------------------------------------------------
-# Environments
-# --------------------------------------------------------------------------------------------------
+# --- environments ---
 
 # D4RL family: gymnasium id, D4RL's time limit, where palm minus object stands in an observation.
 SIMULATORS = {
@@ -1364,8 +1421,9 @@ def make_env(env_id, render_mode=None):
         env = quiet_make(env_id, None, render_mode)
     except Exception as error:  # gymnasium's own errors, ImportError, whatever a constructor raises
         near = difflib.get_close_matches(env_id, [*urls, *gymnasium.registry])
-        registered = env_id in gymnasium.registry
-        why = f"try {', '.join(near)}" if near and not registered else " ".join(str(error).split())
+        why = " ".join(f"{type(error).__name__} {error}".split())
+        if near and env_id not in gymnasium.registry:
+            why = f"did you mean {', '.join(near)}?"
         raise UserError(f"--env-id {env_id} cannot be made: {why}") from None
     spaces = env.observation_space, env.action_space
     flat = all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in spaces)
@@ -1538,7 +1596,7 @@ class Maze2dEnv(gymnasium.Env):
 
 
 class Policy(nn.Module):
-    """Actor and critic of one learner on the CPU, as saved in policy.pt. See `load_policy`."""
+    """Actor and critic of one learner, on the CPU: what policy.pt holds. See `load_policy`."""
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
@@ -1548,92 +1606,96 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """obs [n, S] -> actions [n, A] in [-1, 1]: of ten samples the one with the largest min Q."""
+        """obs [n, S] -> actions [n, A] in [-1, 1]: of some samples the one with the best min Q."""
         # Paper: silent. Code: best of 10 by min Q, not by Q_1 as its comment says. Here: code.
-        states = torch.as_tensor(obs, dtype=torch.float32).repeat_interleave(self.candidates, 0)[None]
-        action = torch.tanh(self.actor(states))
-        value = self.critic(states, action).amin(1).view(len(obs), self.candidates)
+        states = torch.as_tensor(obs, dtype=torch.float32).repeat_interleave(self.candidates, 0)
+        action = torch.tanh(self.actor(states[None]))
+        value = self.critic(states[None], action).amin(1).view(len(obs), self.candidates)
         best = value.argmax(-1) + self.candidates * torch.arange(len(obs))
         return action[0, best].numpy()
 
 
-def policy_state(agent: "Agent", learner: int) -> dict[str, Tensor]:
+def policy_state(agent: Agent, learner: int) -> dict[str, Tensor]:
     """The tensors of one learner's Policy, copied to the CPU."""
     own = {k: v for k, v in agent.state_dict().items() if k.startswith(("actor.", "critic."))}
-    return {k: v[learner : learner + 1].detach().cpu().clone() for k, v in own.items()}
+    return {k: v[learner : learner + 1].cpu().clone() for k, v in own.items()}
 
 
-def load_policy(run: str, learner: int = 0) -> Policy:
+def load_policy(run: str | Path, learner: int = 0) -> Policy:
     """The policy saved in a run folder. Raises UserError if there is none."""
     path = Path(run) / "policy.pt"
     if not path.exists():
-        raise UserError(f"{run} holds no policy.pt: is it a run folder, and has it saved a checkpoint?")
-    saved = torch.load(path, weights_only=True, map_location="cpu")
+        raise UserError(f"{path} does not exist: is {run} a run folder with a checkpoint?")
+    saved = torch.load(path, weights_only=True)
     policy = Policy(load_args(run), saved["obs_dim"], saved["action_dim"])
     policy.load_state_dict(saved["learners"][learner])
     return policy
 
 
-def evaluate(state: dict[str, Tensor], sizes: tuple[int, int], args: Args, learner: int, k: int, episodes: int):
-    """Returns [episodes] of one learner's policy in evaluation k. Alike in any process and thread."""
-    threads = torch.get_num_threads()
+def evaluate(policy: Policy, args: Args, learner: int, k: int, episodes: int) -> np.ndarray:
+    """Returns [episodes] of a learner's policy in evaluation k; the same in any process."""
+    threads, seed = torch.get_num_threads(), args.seed + learner
     torch.set_num_threads(1)
     with torch.random.fork_rng():
-        policy = Policy(args, *sizes)
-        policy.load_state_dict(state)
-        seed_phase(args.seed + learner, "evaluation", k)
-        returns, _ = run_episodes(args.env_id, policy.act, episodes, phase_seed(args.seed + learner, "episodes", k))
+        seed_phase(seed, "evaluation", k)
+        returns, _ = run_episodes(
+            args.env_id, policy.act, episodes, phase_seed(seed, "episodes", k)
+        )
     torch.set_num_threads(threads)
     return returns
 
 
 def start_worker(matmul: str) -> None:
-    """First call in an evaluation process: Ctrl-C is the parent's business, products as in the parent."""
+    """First call in an evaluation process: Ctrl-C is for the parent, products are as there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     set_cpu_matmul(matmul)
 
 
-def record_episode(policy: Policy, env_id: str, path: Path, seed: int = 0) -> None:
-    """Render one episode of at most 500 frames to a GIF. Raises UserError where nothing can render."""
-    from PIL import Image  # comes with matplotlib
+def record_episode(policy: Policy, env_id: str, path: Path) -> None:
+    """Render an episode, at most 500 frames, to a GIF. Raises UserError if nothing can render."""
+    from PIL import Image  # matplotlib brings it
 
-    os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "")
-    env = make_env(env_id, render_mode="rgb_array")
-    seed_phase(seed, "video")
-    frames, (obs, _), over = [], env.reset(seed=seed), False
-    low, high = env.action_space.low, env.action_space.high
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # no screen needed
     try:
+        env = make_env(env_id, render_mode="rgb_array")
+        frames, (obs, _), over = [], env.reset(seed=0), False
+        low, high = env.action_space.low, env.action_space.high
         while not over and len(frames) < 500:
             frames.append(Image.fromarray(env.render()).resize((240, 240)))
-            action = policy.act(obs[None].astype(np.float32))[0]
+            action = policy.act(obs[None])[0]
             obs, _, terminated, truncated, _ = env.step(low + (action + 1) / 2 * (high - low))
             over = terminated or truncated
-    except Exception as error:  # each OpenGL backend fails with errors of its own
+    except UserError:
+        raise
+    except Exception as error:  # every OpenGL backend fails in its own way
         raise UserError(
-            f"cannot render ({error}); install EGL or OSMesa and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+            f"cannot render ({type(error).__name__}: {error}); install EGL, or OSMesa and set "
+            "MUJOCO_GL=osmesa"
         ) from None
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=33, loop=0)
+    print(path)
 
 
 # --- training helpers ---
 
 
 def phase_seed(seed: int, name: str, k: int = 0) -> int:
-    """A seed of its own for every network and every phase, so that phases do not disturb each other."""
+    """A seed for each network and phase, so that phases do not disturb one another."""
     return int.from_bytes(hashlib.sha256(f"{seed} {name} {k}".encode()).digest()[:4], "little")
 
 
 def seed_phase(seed: int, name: str, k: int = 0) -> None:
-    """Reseed torch (CPU and CUDA) from (seed, name, k)."""
+    """Reseed torch, CPU and CUDA, from (seed, name, k)."""
     torch.manual_seed(phase_seed(seed, name, k))
 
 
 def adam(parameters, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> torch.optim.Adam:
-    """Fused Adam whose state exists from the start, so that captured graphs and checkpoints find it."""
+    """Fused Adam. Its state exists from the start, for checkpoints and CUDA graphs to find it."""
     parameters = list(parameters)
     first = parameters[0]["params"][0] if isinstance(parameters[0], dict) else parameters[0]
-    on_cuda = first.device.type == "cuda"
-    optimizer = torch.optim.Adam(parameters, lr=lr, betas=betas, fused=True, capturable=on_cuda)
+    capturable = first.device.type == "cuda"
+    optimizer = torch.optim.Adam(parameters, lr, betas, fused=True, capturable=capturable)
     for group in optimizer.param_groups:
         for p in group["params"]:
             moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
@@ -1641,14 +1703,15 @@ def adam(parameters, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> to
     return optimizer
 
 
-def apply_gradients(optimizer: torch.optim.Adam, parameters: list[Tensor], grads: list[Tensor]) -> None:
+def apply_gradients(optimizer: torch.optim.Adam, parameters: list, grads: list) -> None:
+    """One optimizer step along the given gradients."""
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()
 
 
 def clip_gradients(grads: list[Tensor], max_norm: float) -> list[Tensor]:
-    """Scale gradients [L, ...] so that every learner's own norm is at most max_norm."""
+    """Scale gradients [L, ...] so that each learner's norm over all of them is at most max_norm."""
     norm = torch.stack([g.square().flatten(1).sum(1) for g in grads]).sum(0).sqrt()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1)
     return [g * scale.view(-1, *[1] * (g.dim() - 1)) for g in grads]
@@ -1660,11 +1723,11 @@ def polyak(slow: nn.Module, fast: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
 
 
-def capture(step: Callable[[], dict], agent: "Agent", args: Args) -> Callable[[], dict]:
-    """Record `step` as a CUDA graph at its first call and replay it after; itself on a CPU.
+def capture(step: Callable[[], dict], agent: Agent, args: Args) -> Callable[[], dict]:
+    """`step` recorded as a CUDA graph at its first call and replayed after; `step` itself on a CPU.
 
-    The warm-up that recording needs changes weights, moments, buffers and random state: they are
-    put back, so replay computes what plain calls would.
+    Recording needs warm-up calls. What they change (weights, moments, buffers, random state) is
+    put back, so a replayed run computes what plain calls would.
     """
     if agent.device.type != "cuda" or not args.cuda_graphs:
         return step
@@ -1672,7 +1735,8 @@ def capture(step: Callable[[], dict], agent: "Agent", args: Args) -> Callable[[]
 
     def record() -> None:
         tensors = list(agent.state_dict().values())
-        tensors += [t for o in agent.optimizers.values() for s in o.state.values() for t in s.values()]
+        for optimizer in agent.optimizers.values():
+            tensors += [t for state in optimizer.state.values() for t in state.values()]
         saved, rng = [t.clone() for t in tensors], torch.cuda.get_rng_state(agent.device)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -1680,9 +1744,7 @@ def capture(step: Callable[[], dict], agent: "Agent", args: Args) -> Callable[[]
             for _ in range(3):
                 step()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.no_grad():
-            for tensor, value in zip(tensors, saved, strict=True):
-                tensor.copy_(value)
+        torch._foreach_copy_(tensors, saved)
         torch.cuda.set_rng_state(rng, agent.device)
         with torch.cuda.graph(graph):
             logs.update(step())
@@ -1697,30 +1759,28 @@ def capture(step: Callable[[], dict], agent: "Agent", args: Args) -> Callable[[]
 
 
 def set_cpu_matmul(matmul: str) -> None:
-    """ "oneDNN" routes fp32 products away from torch's default library, "default" leaves them there."""
+    """Let oneDNN ("oneDNN") or torch's default library ("default") compute fp32 products."""
     torch.backends.mkldnn.matmul.fp32_precision = "bf16" if matmul == "oneDNN" else "none"
 
 
 def choose_cpu_matmul(args: Args) -> str:
-    """Take oneDNN's products where they keep fp32 accuracy on this processor. -> "oneDNN" or "default"
+    """oneDNN for fp32 products where it keeps fp32 accuracy. -> "oneDNN" or "default"
 
-    The setting permits bf16. Processors without AMX compute in fp32 all the same, at twice the
-    default's rate on AMD; those with AMX do not, so the result is compared with float64.
+    The setting permits bf16. Processors without AMX compute in fp32 all the same, twice as fast as
+    the default on AMD; those with AMX do not. So the results are compared with float64.
     """
     if not args.cpu_fast_matmul:
         return "default"
     set_cpu_matmul("oneDNN")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        x, w = torch.randn(2, 512, 400, requires_grad=True), torch.randn(2, 400, 300, requires_grad=True)
-    errors = []
-    for a, b in ((x, w), (x[0], w[0])):  # bmm and mm, forward and backward
-        product = a @ b
-        exact = a.double() @ b.double()
-        results = [product, *torch.autograd.grad(product.sum(), (a, b))]
-        exacts = [exact, *torch.autograd.grad(exact.sum(), (a, b))]
-        errors += [((r - e).abs().max() / e.abs().max()).item() for r, e in zip(results, exacts, strict=True)]
-    matmul = "oneDNN" if max(errors) < 5e-6 else "default"
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(s, generator=generator) for s in ((2, 512, 400), (2, 400, 300)))
+    error = 0.0
+    for a, b in ((x, w), (x[0], w[0])):  # bmm and mm, forward and the two backward products
+        c = a.double() @ b.double()
+        for left, right in ((a, b), (c.float(), b.mT), (a.mT, c.float())):
+            exact = left.double() @ right.double()
+            error = max(error, ((left @ right - exact).abs().max() / exact.abs().max()).item())
+    matmul = "oneDNN" if error < 5e-6 else "default"
     set_cpu_matmul(matmul)
     return matmul
 
@@ -1729,11 +1789,11 @@ def choose_cpu_matmul(args: Args) -> str:
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Call write(file) on a temporary file, sync it and rename it: `path` is old or new, never half.
+    """write(file) into a temporary file, sync, rename: `path` is the old or the new, never half.
 
-    Raises UserError if the disk is full or the folder cannot be written; `path` is then untouched.
+    Raises UserError if the disk is full or the folder is not writable; `path` is then untouched.
     """
-    part = path.with_suffix(path.suffix + ".part")
+    part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             write(file)
@@ -1742,62 +1802,64 @@ def write_atomically(path: Path, write: Callable) -> None:
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         part.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}); what was saved before is unharmed") from None
+        raise UserError(f"cannot write {path} ({error}); what was there is unharmed") from None
 
 
-def load_args(run: str) -> Args:
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def load_args(run: str | Path) -> Args:
     """The arguments of a run folder. Raises UserError if it is none."""
     try:
         saved = json.loads((Path(run) / "args.json").read_text())
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        return Args(**values)
+        return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{run} is no run folder of this script: {error}") from None
-
-
-class NonFiniteLoss(UserError):
-    """A loss became NaN or infinite; the last checkpoint is from before that."""
+        raise UserError(f"{run} is not a run folder of this script: {error}") from None
 
 
 class Run:
-    """The run's folder and everything that is written to it; see README, "Run folder"."""
+    """The run's folder, and all that is written to it: logs, checkpoints, curves, the result."""
 
     def __init__(self, args: Args, algo: str):
-        self.args, self.algo, self.iteration = args, algo, 0
+        self.args, self.algo, self.iteration, self.unsaved = args, algo, 0, 0
         self.progress: dict = {}  # of a model fit or MIW training that a checkpoint interrupts
-        self.curves: list[dict] = []  # one dict per evaluation: iteration and returns [L][episodes]
+        self.curves: list[dict] = []  # of every evaluation: iteration and returns [L][episodes]
         self.pending: list = []  # evaluations under way in workers
-        self.seconds = {"model": 0.0, "miw": 0.0, "rollout": 0.0, "iterations": 0.0, "evaluation": 0.0}
-        self.unsaved_steps, self.interrupted, self.workers = 0, False, None
+        self.seconds = dict.fromkeys(("model", "miw", "rollout", "iterations", "evaluation"), 0.0)
+        self.last_log, self.interrupted, self.workers, self.wandb = (0, 0.0), False, None, None
         if args.resume:
             self.dir = Path(args.resume)
-        else:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            self.dir = Path(args.run_dir) / f"{args.env_id.replace('/', '-')}__{algo}__{args.seed}__{stamp}"
-            try:
-                self.dir.mkdir(parents=True)
-            except OSError as error:
-                raise UserError(f"cannot make the run folder {self.dir}: {error}") from None
+            return
+        name = f"{args.env_id}__{algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.dir = Path(args.run_dir) / name.replace("/", "-")
+        try:
+            self.dir.mkdir(parents=True)
             shutil.copy(__file__, self.dir)
-            text = json.dumps(dataclasses.asdict(args), indent=1).encode()
-            write_atomically(self.dir / "args.json", lambda f: f.write(text))
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {self.dir}: {error.strerror}") from None
+        write_json(self.dir / "args.json", dataclasses.asdict(args))
 
-    def open(self, agent: "Agent", matmul: str) -> None:
-        """Load the checkpoint of a resumed run, then open the logs behind it."""
+    def open(self, agent: Agent, matmul: str) -> None:
+        """Load the checkpoint if the run is resumed; open the logs, cut back to it."""
         self.agent, self.matmul, log_bytes = agent, matmul, 0
         if self.args.resume:
             log_bytes = self.load_checkpoint()
         self.log_file = open(self.dir / "log.jsonl", "ab")
         self.log_file.truncate(log_bytes)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tensorboard's own imports
+            warnings.simplefilter("ignore")  # what tensorboard's own imports say
             from torch.utils.tensorboard import SummaryWriter
         self.board = SummaryWriter(str(self.dir), purge_step=self.iteration)
-        self.wandb = start_wandb(self.args, self.dir) if self.args.track else None
+        if self.args.track:
+            self.wandb = start_wandb(self.args, self.dir)
         if self.args.eval_workers:
-            context = multiprocessing.get_context("spawn")
-            self.workers = ProcessPoolExecutor(self.args.eval_workers, context, start_worker, (matmul,))
-        self.bar = tqdm(total=self.args.total_iterations, initial=self.iteration, unit="it", mininterval=1.0)
+            spawn = multiprocessing.get_context("spawn")
+            self.workers = ProcessPoolExecutor(
+                self.args.eval_workers, spawn, start_worker, (self.matmul,)
+            )
+        total = self.args.total_iterations
+        self.bar = tqdm(total=total, initial=self.iteration, unit="it", mininterval=1.0)
         self.old_handler = signal.signal(signal.SIGINT, self.on_interrupt)
         self.clock = time.perf_counter()
 
@@ -1805,21 +1867,25 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        self.bar.write("Ctrl-C: saving at the next safe point (press again to stop without saving)")
+        self.bar.write("Ctrl-C: saving at the next safe point (again: stop without saving)")
 
     def took(self, phase: str) -> None:
-        """Book the time since the last call to a phase."""
+        """Book the time since the last call to `phase`."""
+        if self.agent.device.type == "cuda":
+            torch.cuda.synchronize()
         now = time.perf_counter()
         self.seconds[phase] += now - self.clock
         self.clock = now
 
     def log(self, phase: str, logs: dict[str, Tensor]) -> None:
-        """Read device tensors [L] once and write them. Raises NonFiniteLoss with the loss's name."""
+        """Read tensors [L] from the device, once, and write them. UserError: one is not finite."""
         values = {k: v.tolist() for k, v in logs.items()}
         for key, row in values.items():
             if not np.isfinite(row).all():
-                raise NonFiniteLoss(f"{key} is not finite ({row}) in {phase}, iteration {self.iteration}; "
-                                    f"the last good checkpoint is in {self.dir}")
+                raise UserError(
+                    f"{key} is not finite ({row}) in {phase} at iteration {self.iteration}; the "
+                    f"last good checkpoint is kept in {self.dir}"
+                )
         line = {"iteration": self.iteration, "phase": phase} | values
         self.log_file.write((json.dumps(line) + "\n").encode())
         self.log_file.flush()
@@ -1831,44 +1897,48 @@ class Run:
             self.wandb.log({k: float(np.mean(v)) for k, v in values.items()}, step=self.iteration)
 
     def after_steps(self, phase: str, steps: int, logs: dict[str, Tensor]) -> None:
-        """To be called at the safe points of a model fit or MIW training."""
+        """To be called at every safe point of a model fit or MIW training."""
         self.log(phase, logs)
-        self.bar.set_postfix_str(f"{phase}: " + ", ".join(f"{k.split('/')[-1]} {v.mean():.3g}" for k, v in logs.items()))
-        self.unsaved_steps += steps
-        if self.interrupted or self.unsaved_steps >= self.args.checkpoint_every:
+        shown = ", ".join(f"{k.split('/')[1]} {v.mean():.3g}" for k, v in logs.items())
+        self.bar.set_postfix_str(f"{phase}: {shown}")
+        self.unsaved += steps
+        if self.interrupted or self.unsaved >= self.args.checkpoint_every:
             self.save_checkpoint()
 
     def after_iteration(self, logs: dict[str, Tensor]) -> None:
         """Count an iteration; log, evaluate and save when it is time."""
-        self.iteration += 1
-        self.progress, args, i = {}, self.args, self.iteration
+        args = self.args
+        self.iteration, self.unsaved, self.progress = self.iteration + 1, self.unsaved + 1, {}
         self.bar.update()
-        last = i == args.total_iterations
-        if i % args.log_every == 0 or last:
+        last = self.iteration == args.total_iterations
+        to_evaluate = self.iteration % args.eval_every == 0 or last
+        to_save = self.interrupted or last or self.unsaved >= args.checkpoint_every
+        if to_evaluate or to_save or self.iteration % args.log_every == 0:
             self.took("iterations")
-            rate = args.log_every / max(time.perf_counter() - getattr(self, "log_clock", -math.inf), 1e-9)
-            self.log_clock = time.perf_counter()
+            count, seconds = self.iteration - self.last_log[0], self.seconds["iterations"]
+            rate = count / max(seconds - self.last_log[1], 1e-9)
+            self.last_log = (self.iteration, seconds)
             self.log("training", logs | {"charts/SPS": torch.tensor([rate])})
-        if i % args.eval_every == 0 or last:
-            self.took("iterations")
-            self.start_evaluation(i // args.eval_every, args.eval_episodes)
-            self.took("evaluation")
-        self.unsaved_steps += 1
-        if self.interrupted or last or self.unsaved_steps >= args.checkpoint_every:
-            self.log("training", logs)
+        if to_evaluate:
+            self.start_evaluation()
+        if to_save:
             self.save_checkpoint()
 
-    def start_evaluation(self, k: int, episodes: int) -> None:
-        """Evaluate all learners, here or in the workers."""
-        sizes = (self.agent.columns[0], self.agent.columns[1])
-        jobs = [
-            (policy_state(self.agent, learner), sizes, self.args, learner, k, episodes)
-            for learner in range(self.agent.learners)
-        ]
+    def policy(self, learner: int) -> Policy:
+        policy = Policy(self.args, *self.agent.columns[:2])
+        policy.load_state_dict(policy_state(self.agent, learner))
+        return policy
+
+    def start_evaluation(self) -> None:
+        """Evaluate all learners as they stand, here or in the workers."""
+        k, args = self.iteration // self.args.eval_every, self.args
+        jobs = [(self.policy(l), args, l, k, args.eval_episodes) for l in range(args.num_seeds)]
         if self.workers:
-            self.pending.append((self.iteration, [self.workers.submit(evaluate, *job) for job in jobs]))
+            futures = [self.workers.submit(evaluate, *job) for job in jobs]
+            self.pending.append((self.iteration, futures))
         else:
             self.record(self.iteration, [evaluate(*job) for job in jobs])
+        self.took("evaluation")
         self.collect_evaluations(wait=False)
 
     def collect_evaluations(self, wait: bool) -> None:
@@ -1877,113 +1947,102 @@ class Run:
             self.record(iteration, [f.result() for f in futures])
 
     def record(self, iteration: int, returns: list[np.ndarray]) -> None:
-        """Keep and show one evaluation."""
+        """Keep, log and show one evaluation."""
         self.curves.append({"iteration": iteration, "returns": [r.tolist() for r in returns]})
         scores = [d4rl_score(self.args.env_id, r) for r in returns]
-        self.log("evaluation", {
-            "eval/iteration": torch.tensor([float(iteration)]),
-            "eval/episodic_return": torch.tensor([r.mean() for r in returns]),
-            "eval/normalized_score_mean": torch.tensor([s.mean() for s in scores]),
-            "eval/normalized_score_std": torch.tensor([s.std() for s in scores]),
-        })
-        shown = " ".join(f"{s.mean():.1f}" for s in scores)
-        self.bar.set_postfix_str(f"score {shown}")
+        logs = {
+            "eval/iteration": [iteration],
+            "eval/episodic_return": [r.mean() for r in returns],
+            "eval/normalized_score_mean": [s.mean() for s in scores],
+            "eval/normalized_score_std": [s.std() for s in scores],
+        }
+        self.log("evaluation", {k: torch.tensor(v, dtype=torch.float64) for k, v in logs.items()})
+        shown = ", ".join(f"{s.mean():.1f}" for s in scores)
         self.bar.write(f"iteration {iteration}: score {shown}")
+        self.bar.set_postfix_str(f"score {shown}")
 
     def scores(self) -> np.ndarray:
         """Mean score of every evaluation so far, [evaluations, L]."""
-        rows = [[d4rl_score(self.args.env_id, r).mean() for r in c["returns"]] for c in self.curves]
-        return np.array(rows).reshape(-1, self.agent.learners)
+        return np.array(
+            [[d4rl_score(self.args.env_id, r).mean() for r in c["returns"]] for c in self.curves]
+        ).reshape(-1, self.args.num_seeds)
 
     def save_checkpoint(self) -> None:
-        """Write checkpoint.pt, policy.pt and curves.png. After Ctrl-C, stop here."""
+        """Write checkpoint.pt, policy.pt and curves.png; after Ctrl-C, end here."""
         self.collect_evaluations(wait=True)
         agent = self.agent
         state = agent.state_dict()
-        state["buffer"] = agent.buffer[:, : agent.buffer_rows]  # not the rows still empty
+        state["buffer"] = agent.buffer[:, : agent.buffer_rows]  # without the rows still empty
         checkpoint = {
-            "iteration": self.iteration, "progress": self.progress, "curves": self.curves,
-            "seconds": self.seconds, "log_bytes": self.log_file.tell(), "matmul": self.matmul,
-            "threads": torch.get_num_threads(), "rng": torch.get_rng_state(),
-            "agent": state, "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()},
-        }
+            **{k: getattr(self, k) for k in ("iteration", "progress", "curves", "seconds")},
+            "log_bytes": self.log_file.tell(), "rng": torch.get_rng_state(),
+            "matmul": self.matmul, "threads": torch.get_num_threads(), "agent": state,
+            "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()},
+        }  # fmt: skip
         if agent.device.type == "cuda":
             checkpoint["cuda_rng"] = torch.cuda.get_rng_state(agent.device)
-        write_atomically(self.dir / "checkpoint.pt", lambda f: torch.save(checkpoint, f))
+        write_atomically(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
         learners = [policy_state(agent, learner) for learner in range(agent.learners)]
-        policy = {"obs_dim": agent.columns[0], "action_dim": agent.columns[1], "learners": learners}
-        write_atomically(self.dir / "policy.pt", lambda f: torch.save(policy, f))
+        obs_dim, action_dim = agent.columns[:2]
+        policy = {"obs_dim": obs_dim, "action_dim": action_dim, "learners": learners}
+        write_atomically(self.dir / "policy.pt", lambda file: torch.save(policy, file))
         plot_curves(self)
-        self.unsaved_steps = 0
+        self.unsaved = 0
         if self.interrupted:
-            self.bar.close()
-            print(f"saved; continue with: python {Path(__file__).name} --resume {self.dir}")
+            self.close()
+            print(f"saved; to continue: python {Path(__file__).name} --resume {self.dir}")
             raise SystemExit(130)
 
     def load_checkpoint(self) -> int:
-        """Put everything back as it was. -> length of the log at that time"""
+        """Put everything back as it was. -> length of the log then. Raises UserError."""
         path = self.dir / "checkpoint.pt"
         if not path.exists():
-            raise UserError(f"{self.dir} holds no checkpoint yet: start the run again without --resume")
-        saved = torch.load(path, weights_only=True, map_location=self.agent.device)
-        state = saved["agent"]
-        filled = state["buffer"]
-        state["buffer"] = self.agent.buffer
-        state["buffer"][:, : filled.shape[1]] = filled
-        self.agent.load_state_dict(state)
-        for name, optimizer in self.agent.optimizers.items():
+            raise UserError(f"{self.dir} holds no checkpoint yet: start again without --resume")
+        agent = self.agent
+        saved = torch.load(path, weights_only=True, map_location=agent.device)
+        filled = saved["agent"].pop("buffer")
+        agent.load_state_dict(saved["agent"], strict=False)  # all but the buffer
+        agent.buffer[:, : filled.shape[1]] = filled
+        for name, optimizer in agent.optimizers.items():
             optimizer.load_state_dict(saved["optimizers"][name])
-        for key in ("iteration", "progress", "curves", "seconds"):
+        for key in ("iteration", "progress", "curves", "seconds", "matmul"):
             setattr(self, key, saved[key])
-        if self.progress.get("fit"):
-            for key in ("idle", "stopped"):
-                self.progress["fit"][key] = self.progress["fit"][key].cpu()
+        set_cpu_matmul(self.matmul)
+        torch.set_num_threads(saved["threads"])
         torch.set_rng_state(saved["rng"].cpu())
-        if "cuda_rng" in saved and self.agent.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), self.agent.device)
+        if "cuda_rng" in saved and agent.device.type == "cuda":
+            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), agent.device)
+        self.last_log = (self.iteration, self.seconds["iterations"])
         return saved["log_bytes"]
 
-    def finish(self, dataset: "Dataset") -> dict:
-        """Score the final policies over more episodes, write result.json, print and return it."""
-        args = self.args
+    def finish(self, dataset: Dataset) -> dict:
+        """Score the final policies over more episodes; write result.json, print and return it."""
+        args, learners = self.args, range(self.args.num_seeds)
         self.collect_evaluations(wait=True)
         self.clock = time.perf_counter()
-        sizes = (self.agent.columns[0], self.agent.columns[1])
-        final = [
-            evaluate(policy_state(self.agent, l), sizes, args, l, -1, args.final_episodes)
-            for l in range(self.agent.learners)
-        ]
+        returns = [evaluate(self.policy(l), args, l, -1, args.final_episodes) for l in learners]
         self.took("evaluation")
-        final_scores = [d4rl_score(args.env_id, r) for r in final]
-        scores = self.scores()
+        final, scores = [d4rl_score(args.env_id, r) for r in returns], self.scores()
         result = {
-            "algo": self.algo, "env_id": args.env_id,
-            "normalized": has_reference(args.env_id),
-            "dataset": dataset.source, "dataset_sha256": dataset.sha256, "dataset_notes": dataset.notes,
-            "seeds": [args.seed + l for l in range(self.agent.learners)],
-            "total_steps": self.iteration,
+            "algo": self.algo, "env_id": args.env_id, "normalized": has_reference(args.env_id),
+            "dataset": dataset.source, "dataset_sha256": dataset.sha256,
+            "dataset_notes": dataset.notes, "initial_states": args.initial_states,
+            "seeds": [args.seed + l for l in learners], "total_steps": self.iteration,
             "last": scores[-1].tolist(), "mean_last_ten": scores[-10:].mean(0).tolist(),
-            "final_scores": [s.tolist() for s in final_scores],
-            "final_mean": [float(s.mean()) for s in final_scores],
+            "final_mean": [s.mean() for s in final], "final_scores": [s.tolist() for s in final],
+            "evaluations": [[c["iteration"], *s] for c, s in zip(self.curves, scores, strict=True)],
             "seconds": self.seconds,
-            "iterations_per_second": self.iteration / max(self.seconds["iterations"], 1e-9),
-            "evaluations": {"iterations": [c["iteration"] for c in self.curves], "scores": scores.tolist()},
-            "initial_states": args.initial_states, "cpu_matmul": self.matmul,
-            "threads": torch.get_num_threads(), "device": str(self.agent.device),
-            "versions": versions(), "git": git_hash(),
-        }
-        text = json.dumps(result, indent=1).encode()
-        write_atomically(self.dir / "result.json", lambda f: f.write(text))
+            "steps_per_second": self.iteration / max(self.seconds["iterations"], 1e-9),
+            "device": str(self.agent.device), "threads": torch.get_num_threads(),
+            "cpu_matmul": self.matmul, "versions": versions(), "git": git_hash(),
+        }  # fmt: skip
+        write_json(self.dir / "result.json", result)
         self.close()
-        self.report(result, final_scores)
+        report_scores(args, final)
+        ten = ", ".join(f"{s:.1f}" for s in result["mean_last_ten"])
+        print(f"mean of the last ten evaluations: {ten}")
+        print(f"{self.dir / 'result.json'}, {self.dir / 'curves.png'}")
         return result
-
-    def report(self, result: dict, final_scores: list[np.ndarray]) -> None:
-        kind = "normalized score" if result["normalized"] else "raw return (no D4RL reference)"
-        for seed, scores, last_ten in zip(result["seeds"], final_scores, result["mean_last_ten"], strict=True):
-            print(f"seed {seed}: {kind} {scores.mean():.1f} +- {scores.std():.1f} (standard deviation over "
-                  f"{len(scores)} episodes); mean of the last ten evaluations {last_ten:.1f}")
-        print(f"{self.dir}/result.json, {self.dir}/curves.png")
 
     def close(self) -> None:
         self.bar.close()
@@ -1996,21 +2055,28 @@ class Run:
         signal.signal(signal.SIGINT, self.old_handler)
 
 
+def report_scores(args: Args, scores: list[np.ndarray]) -> None:
+    """Print every learner's score with its spread over the episodes."""
+    kind = "normalized score" if has_reference(args.env_id) else "return (no D4RL reference)"
+    for learner, s in enumerate(scores):
+        print(
+            f"seed {args.seed + learner}: {kind} {s.mean():.1f}, standard deviation {s.std():.1f} "
+            f"over {len(s)} episodes (standard error {s.std() / math.sqrt(len(s)):.1f})"
+        )
+
+
 def start_wandb(args: Args, run_dir: Path):
     """A Weights and Biases run. Raises UserError if wandb is not installed."""
     try:
         import wandb
     except ImportError:
         raise UserError("--track needs Weights and Biases: pip install wandb") from None
-    return wandb.init(
-        project=args.wandb_project_name, entity=args.wandb_entity, name=run_dir.name, config=dataclasses.asdict(args)
-    )
+    place = {"project": args.wandb_project_name, "entity": args.wandb_entity}
+    return wandb.init(**place, name=run_dir.name, config=dataclasses.asdict(args))
 
 
 def plot_curves(run: Run) -> None:
-    """curves.png: the score of every learner and their mean against the iterations."""
-    if not run.curves:
-        return
+    """curves.png: the score of every learner, and their mean, against the iterations."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -2019,18 +2085,20 @@ def plot_curves(run: Run) -> None:
     iterations, scores = [c["iteration"] for c in run.curves], run.scores()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
     for learner in range(scores.shape[1]):
-        axes.plot(iterations, scores[:, learner], lw=1, alpha=0.6, label=f"seed {run.args.seed + learner}")
+        axes.plot(
+            iterations, scores[:, learner], alpha=0.6, label=f"seed {run.args.seed + learner}"
+        )
     if scores.shape[1] > 1:
-        axes.plot(iterations, scores.mean(1), color="black", lw=2, label="mean")
+        axes.plot(iterations, scores.mean(1), color="black", linewidth=2, label="mean")
     axes.set_xlabel("iteration")
     axes.set_ylabel("normalized score" if has_reference(run.args.env_id) else "return")
     axes.set_title(f"{run.algo.upper()} on {run.args.env_id}")
     axes.grid(alpha=0.3)
     axes.legend()
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120)
+    write_atomically(
+        run.dir / "curves.png", lambda file: figure.savefig(file, format="png", dpi=120)
+    )
     plt.close(figure)
-    write_atomically(run.dir / "curves.png", lambda f: f.write(image.getvalue()))
 
 
 def versions() -> dict[str, str]:
@@ -2053,97 +2121,96 @@ def git_hash() -> str | None:
 
 
 def scale_rewards(reward: Tensor) -> Tensor:
-    """Rewards [N] to about [0, 1], the scale that every other constant assumes. Raises UserError."""
+    """Rewards [N] to about [0, 1], the scale that the constants assume. Raises UserError."""
     # Paper: the task's rewards. Code: min-max scaled, plus 1e-3 / span. Here: code.
     span = reward.max() - reward.min()
     if span == 0:
-        raise UserError("all rewards of the dataset are equal, so there is nothing to learn from")
+        raise UserError("all rewards of the dataset are equal, so there is nothing to learn")
     return (reward - reward.min() + 1e-3) / span
 
 
-def prepare(dataset: "Dataset", args: Args, device: torch.device) -> tuple[Tensor, TerminationRule]:
-    """The dataset as rows [N, C] of Batch's fields with scaled rewards, and the termination rule."""
-    reward = scale_rewards(dataset.reward)
-    columns = [dataset.obs, dataset.action, reward[:, None], dataset.next_obs, dataset.terminated[:, None]]
-    data = torch.cat([c.float() for c in columns], -1).to(device)
+def prepare(dataset: Dataset, args: Args, device: torch.device) -> tuple[Tensor, TerminationRule]:
+    """The dataset as rows [N, C] of Batch's fields, rewards scaled, and the termination rule."""
+    reward, terminated = scale_rewards(dataset.reward), dataset.terminated.float()
+    columns = [dataset.obs, dataset.action, reward[:, None], dataset.next_obs, terminated[:, None]]
     obs_limit = 2 * torch.maximum(dataset.obs.abs().amax(0), dataset.next_obs.abs().amax(0))
     margin = 10 * reward.std()
     reward_limit = torch.maximum((reward.min() - margin).abs(), (reward.max() + margin).abs())
     known, _ = known_termination(args.env_id)
-    return data, TerminationRule(known, obs_limit.to(device), reward_limit.to(device))
+    rule = TerminationRule(known, obs_limit.to(device), reward_limit.to(device))
+    return torch.cat(columns, -1).to(device), rule
 
 
-def sample_initial_states(dataset: "Dataset", args: Args, device: torch.device) -> Tensor:
+def sample_initial_states(dataset: Dataset, args: Args, device: torch.device) -> Tensor:
     """Observations from mu0, [N0, S]."""
+    # Paper: mu0. Code: simulator resets, which are online access. Here: code, or the data's own.
     if args.initial_states == "dataset":
         return dataset.episode_start_obs.to(device)
-    # Why said aloud: resets are access to the simulator, which a purist offline run must not have.
     seed = phase_seed(args.seed, "initial states")
-    return torch.as_tensor(initial_observations(args.env_id, args.num_initial_states, seed)).to(device)
+    obs = initial_observations(args.env_id, args.num_initial_states, seed)
+    return torch.as_tensor(obs).to(device)
 
 
-def first_model(agent: Agent, dataset: "Dataset", data: Tensor, args: Args, run: Run) -> None:
+def first_model(agent: Agent, dataset: Dataset, data: Tensor, args: Args, run: Run) -> None:
     """Fit the unweighted model, Eq. (4), and save it; or take it from --dynamics-from."""
     if args.dynamics_from:
         return load_model(agent, dataset, args)
-    fit_model(agent, dataset, data, torch.ones(agent.learners, len(data), device=agent.device), args, 0, run)
+    ones = torch.ones(agent.learners, len(data), device=agent.device)
+    fit_model(agent, dataset, data, ones, args, 0, run)  # Eq. (4)
     saved = {
-        "model": agent.model.state_dict(), "optimizer": agent.optimizers["model"].state_dict(),
-        "holdout_loss": run.progress["fit"]["best"], "dataset_sha256": dataset.sha256,
-    }
-    write_atomically(run.dir / "model.pt", lambda f: torch.save(saved, f))
+        "model": agent.model.state_dict(), "holdout_loss": run.progress["fit"]["best"],
+        "optimizer": agent.optimizers["model"].state_dict(), "dataset_sha256": dataset.sha256,
+    }  # fmt: skip
+    write_atomically(run.dir / "model.pt", lambda file: torch.save(saved, file))
 
 
-def load_model(agent: Agent, dataset: "Dataset", args: Args) -> None:
+def load_model(agent: Agent, dataset: Dataset, args: Args) -> None:
     """The first model of another run, with its optimizer. Raises UserError if it does not fit."""
     path = Path(args.dynamics_from) / "model.pt"
     try:
         saved = torch.load(path, weights_only=True, map_location=agent.device)
-        if saved["dataset_sha256"] != dataset.sha256:
-            raise UserError(f"--dynamics-from {path}: that model was fitted to another dataset")
         agent.model.load_state_dict(saved["model"])
+        agent.optimizers["model"].load_state_dict(saved["optimizer"])
     except (OSError, RuntimeError, KeyError) as error:
-        raise UserError(f"--dynamics-from {path}: no first model of the same size and --num-seeds there "
-                        f"({str(error).splitlines()[0]})") from None
-    agent.optimizers["model"].load_state_dict(saved["optimizer"])
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--dynamics-from {path}: no model of this size there ({reason})") from None
+    if saved["dataset_sha256"] != dataset.sha256:
+        raise UserError(f"--dynamics-from {path}: that model was fitted to another dataset")
     choose_elites(agent, saved["holdout_loss"], args)
 
 
-def announce(dataset: "Dataset", args: Args, run: Run) -> None:
-    """Say what will be trained on what, before the hours begin."""
-    episodes = dataset.episodes
-    score = d4rl_score(args.env_id, np.array([episodes["mean"]]))[0]
-    print(f"run folder: {run.dir}")
-    print(f"dataset: {dataset.source}, {len(dataset.obs)} transitions, {episodes['count']} whole episodes "
-          f"with mean return {episodes['mean']:.1f}" + (f" (score {score:.1f})" if has_reference(args.env_id) else ""))
+def announce(dataset: Dataset, args: Args, device: torch.device, matmul: str) -> None:
+    """Say what is trained on what, before the hours begin."""
+    count, mean = dataset.episodes["count"], dataset.episodes["mean"]
+    score = f"return {mean:.1f}, score {d4rl_score(args.env_id, mean):.1f}"
+    print(f"dataset: {dataset.source}: {len(dataset.obs)} transitions, {count} whole episodes, "
+          f"on average {score}")  # fmt: skip
     for note in dataset.notes:
         print(f"note: {note}")
     if args.env_id not in PAPER:
-        print(f"note: {args.env_id} is not a task of the paper; defaults and your flags apply")
+        print(f"note: {args.env_id} is not a task of the paper: defaults and your flags apply")
     if not known_termination(args.env_id)[1]:
-        print("note: no termination rule known for this task: model rollouts end only far outside the data")
+        print("note: no termination rule is known: rollouts end only far outside the data")
     if args.initial_states == "simulator":
-        print("note: initial states for omega come from simulator resets (--initial-states dataset: from the data)")
-    print(f"device: {run.agent.device}, {torch.get_num_threads()} CPU threads, matrix products: {run.matmul}")
+        print("note: omega's initial states are simulator resets (else --initial-states dataset)")
+    print(f"device: {device}, {torch.get_num_threads()} CPU threads, products by {matmul} library")
 
 
 def train(args: Args) -> dict:
-    """Train args.num_seeds learners and return what result.json holds. Raises UserError."""
+    """Train args.num_seeds learners; return what result.json holds. Raises UserError."""
     check_args(args)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    env = make_env(args.env_id)
-    dataset = load_dataset(args.env_id, args.dataset_path, env)
+    dataset = load_dataset(args.env_id, args.dataset_path, make_env(args.env_id))
     if args.batch_size > len(dataset.obs):
-        raise UserError(f"--batch-size {args.batch_size} is larger than the dataset ({len(dataset.obs)} rows)")
+        raise UserError(f"--batch-size {args.batch_size} exceeds the {len(dataset.obs)} data rows")
     data, rule = prepare(dataset, args, device)
+    matmul = choose_cpu_matmul(args)
+    announce(dataset, args, device, matmul)
     agent = Agent(args, dataset.obs.shape[1], dataset.action.shape[1], device)
     run = Run(args, "ampl")
-    run.open(agent, choose_cpu_matmul(args))
-    announce(dataset, args, run)
-    rollout_logs: dict[str, Tensor] = {}
-    initial_obs = None  # sampled when omega first needs them
+    run.open(agent, matmul)
 
     step = {
         (warmup, step_actor): capture(
@@ -2152,7 +2219,9 @@ def train(args: Args) -> dict:
         for warmup in (True, False)
         for step_actor in (True, False)
     }
-    refresh = capture(lambda: imagine(agent, data, rule, args), agent, args)
+    refresh = capture(functools.partial(imagine, agent, data, rule, args), agent, args)
+    rollout_logs: dict[str, Tensor] = {}
+    initial_obs = None  # drawn when omega first needs them
 
     while run.iteration < args.total_iterations:  # Alg. 1
         i = run.iteration
@@ -2168,45 +2237,50 @@ def train(args: Args) -> dict:
             fit_model(agent, dataset, data, weight, args, k, run)  # Eq. (6)
             run.took("model")
         if i % args.rollout_every == 0:
-            seed_phase(args.seed, "rollout", i)
             run.took("iterations")
+            seed_phase(args.seed, "rollout", i)
             rollout_logs = refresh()  # D_model
             seed_phase(args.seed, "iterations", i)
             run.took("rollout")
         agent.real_rows.fill_(real_rows(i, args))
-        logs = step[i < args.warmup_iterations, i % args.policy_frequency == 0]()  # Eq. (12) to (17)
+        warmup, step_actor = i < args.warmup_iterations, i % args.policy_frequency == 0
+        logs = step[warmup, step_actor]()  # Eq. (12) to (17)
         run.after_iteration(logs | rollout_logs)
-    return run.finish(dataset)
+
+    result = run.finish(dataset)
+    if args.capture_video:
+        record_episode(load_policy(run.dir), args.env_id, run.dir / "episode.gif")
+    return result
 
 
 def evaluate_run(args: Args) -> None:
-    """Score the saved policies of a run; with --capture-video also render an episode."""
-    saved_args = load_args(args.evaluate)
-    learners = range(saved_args.num_seeds)
-    for learner in learners:
-        policy = load_policy(args.evaluate, learner)
-        seed_phase(saved_args.seed + learner, "evaluation", -2)
-        episode_seed = phase_seed(saved_args.seed + learner, "episodes", -2)
-        returns, _ = run_episodes(saved_args.env_id, policy.act, args.final_episodes, episode_seed)
-        scores = d4rl_score(saved_args.env_id, returns)
-        print(f"seed {saved_args.seed + learner}: return {returns.mean():.1f}, score {scores.mean():.1f} "
-              f"+- {scores.std():.1f} over {len(scores)} episodes")
+    """--evaluate: score the saved policies of a run; --capture-video also renders an episode."""
+    saved = load_args(args.evaluate)
+    policies = [load_policy(args.evaluate, learner) for learner in range(saved.num_seeds)]
+    returns = [evaluate(p, saved, l, -2, args.final_episodes) for l, p in enumerate(policies)]
+    report_scores(saved, [d4rl_score(saved.env_id, r) for r in returns])
     if args.capture_video:
-        record_episode(load_policy(args.evaluate), saved_args.env_id, Path(args.evaluate) / "episode.gif")
+        record_episode(policies[0], saved.env_id, Path(args.evaluate) / "episode.gif")
 
 
 def main() -> None:
-    """Command line: train, --resume, --evaluate."""
-    args = parse_args()
+    """The command line. A UserError is one sentence on stderr and exit status 2."""
     try:
+        args = parse_args()
         if args.evaluate:
             evaluate_run(args)
+        elif args.resume:
+            train(dataclasses.replace(load_args(args.resume), resume=args.resume))
         else:
-            resumed = dataclasses.replace(load_args(args.resume), resume=args.resume) if args.resume else args
-            train(resumed)
+            train(args)
     except UserError as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(
+            "stopped without saving; --resume continues from the last checkpoint", file=sys.stderr
+        )
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,222 @@
+"""What a step costs: one JSON line per phase, with the ratio to what this machine could do.
+
+    python tests/benchmark.py --script ampl.py --env-id walker2d-medium-v2 --threads 1
+
+Data are synthetic, of the task's shape. `floor_ms` is the FLOPs of the code as written (torch's own
+counter) over the machine's rate for fp32 matrix products, measured in the same run; elementwise
+work and memory are not in it, so a ratio of 1 cannot be reached. Numbers from a busy machine say
+little: look at `gflops`, which is the same on every calm run.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+import tyro
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+WIDTHS = {  # observation and action entries per family
+    "halfcheetah": (17, 6), "hopper": (11, 3), "walker2d": (17, 6), "maze2d": (4, 2),
+    "pen": (45, 24), "door": (39, 28),
+}  # fmt: skip
+
+
+@dataclass
+class Options:
+    script: str = "ampl.py"
+    """the script to measure"""
+    env_id: str = "walker2d-medium-v2"
+    """the task whose shapes and settings are used"""
+    threads: int = 1
+    """CPU threads"""
+    num_seeds: int = 1
+    """learners"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    batch_size: int = 512
+    """rows per iteration"""
+    rows: int = 300_000
+    """rows of the synthetic dataset"""
+    blocks: int = 5
+    """runs per phase; the median is reported"""
+
+
+def synchronised(device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def gemm_rate(device: str) -> float:
+    """GFLOP/s of a typical batched product of the method, best of 30."""
+    a, b = torch.randn(2, 512, 400, device=device), torch.randn(2, 400, 300, device=device)
+    seconds = []
+    for _ in range(30):
+        start = synchronised(device)
+        torch.bmm(a, b)
+        seconds.append(synchronised(device) - start)
+    return 2 * 2 * 512 * 400 * 300 / min(seconds) / 1e9
+
+
+def measure(name: str, step: Callable[[], None], repeat: int, options: Options, rate: float) -> None:
+    """Print the median over blocks of `repeat` calls, in ms per call, and the ratio to the floor."""
+    step()  # warm-up, and on CUDA the recording of the graph
+    with FlopCounterMode(display=False) as counter:
+        step()
+    flops = counter.get_total_flops() if options.device == "cpu" else None  # a replay hides them
+    times = []
+    for _ in range(options.blocks):
+        start = synchronised(options.device)
+        for _ in range(repeat):
+            step()
+        times.append((synchronised(options.device) - start) / repeat * 1e3)
+    report(name, times, None if flops is None else flops / rate / 1e6, rate)
+
+
+def report(name: str, times: list[float], floor_ms: float | None, rate: float) -> None:
+    median = statistics.median(times)
+    line = {"phase": name, "ms": round(median, 3), "runs": len(times), "gflops": round(rate)}
+    if floor_ms:
+        line |= {"floor_ms": round(floor_ms, 3), "ratio": round(median / floor_ms, 2)}
+    print(json.dumps(line), flush=True)
+
+
+def write_dataset(path: Path, rows: int, obs_dim: int, action_dim: int) -> None:
+    """A gzipped HDF5 file in D4RL's layout, with noise in it."""
+    rng = np.random.default_rng(0)
+    ends = np.zeros(rows, bool)
+    ends[999::1000] = True
+    obs = rng.standard_normal((rows, obs_dim)).astype(np.float32)
+    columns = {
+        "observations": obs, "next_observations": np.roll(obs, -1, 0),
+        "actions": rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32),
+        "rewards": rng.standard_normal(rows).astype(np.float32),
+        "terminals": np.zeros(rows, bool), "timeouts": ends,
+    }  # fmt: skip
+    with h5py.File(path, "w") as file:
+        for name, values in columns.items():
+            file.create_dataset(name, data=values, compression="gzip")
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def measure_loading(script, options: Options, rate: float, folder: Path) -> None:
+    obs_dim, action_dim = WIDTHS[options.env_id.split("-")[0]]
+    path = folder / "synthetic.hdf5"
+    write_dataset(path, 1_000_000, obs_dim, action_dim)
+    env = script.make_env(options.env_id)
+    times = []
+    for _ in range(options.blocks):
+        start = time.perf_counter()
+        script.load_dataset(options.env_id, str(path), env)
+        times.append((time.perf_counter() - start) * 1e3)
+    report("load_dataset_per_1m_rows", times, None, rate)
+
+
+def measure_ampl(ampl, options: Options, rate: float) -> None:
+    args = ampl.Args(
+        env_id=options.env_id, batch_size=options.batch_size, num_seeds=options.num_seeds,
+        **ampl.PAPER[options.env_id],
+    )  # fmt: skip
+    device = torch.device(options.device)
+    obs_dim, action_dim = WIDTHS[options.env_id.split("-")[0]]
+    agent = ampl.Agent(args, obs_dim, action_dim, device)
+    data = torch.randn(options.rows, sum(agent.columns), device=device)
+    data[:, obs_dim : obs_dim + action_dim].tanh_()
+    data[:, -1] = 0
+    never = ampl.known_termination("halfcheetah")[0]
+    rule = ampl.TerminationRule(
+        never, torch.full((obs_dim,), 100.0, device=device), torch.tensor(100.0, device=device)
+    )
+    capture = lambda step: ampl.capture(step, agent, args)  # noqa: E731
+    refresh = capture(lambda: ampl.imagine(agent, data, rule, args))
+    refresh()
+
+    def iterations(warmup: bool) -> Callable[[], None]:
+        moving, still = (
+            capture(lambda: ampl.iterate(agent, data, rule, args, warmup, True)),
+            capture(lambda: ampl.iterate(agent, data, rule, args, warmup, False)),
+        )
+
+        def block() -> None:  # 250 iterations and their rollout
+            refresh()
+            for i in range(args.rollout_every):
+                (moving if i % args.policy_frequency == 0 else still)()
+
+        return block
+
+    per_block = dataclasses.replace(options, blocks=options.blocks)
+    agent.real_rows.fill_(args.batch_size // 2)
+    measure_block("iteration", iterations(warmup=False), args.rollout_every, per_block, rate)
+    agent.real_rows.fill_(args.batch_size)
+    measure_block("iteration_warmup", iterations(warmup=True), args.rollout_every, per_block, rate)
+    measure("rollout", refresh, 1, options, rate)
+
+    learners, rows = args.num_seeds, options.rows
+    inputs = torch.randn(rows, obs_dim + action_dim, device=device)
+    targets = torch.randn(rows, 1 + obs_dim, device=device)
+    weight = torch.ones(learners, rows, device=device)
+    order = torch.arange(rows, device=device).expand(learners, -1).contiguous()
+    model_step = capture(lambda: ampl.model_step(agent, inputs, targets, weight, order, args))
+    measure("model_step", model_step, 50, options, rate)
+    held = order[:, : args.holdout_size].contiguous()
+    measure("model_holdout", lambda: ampl.holdout_loss(agent, inputs, targets, weight, held), 1, options, rate)
+
+    initial_obs = torch.randn(args.num_initial_states, obs_dim, device=device)
+    sizes = (rows, rows, len(initial_obs))
+    tables = ampl.QTables(*(torch.zeros(learners, n, device=device) for n in sizes))
+    miw_step = capture(lambda: ampl.miw_step(agent, data, initial_obs, tables, args))
+
+    def window() -> None:  # a tenth of a refresh window and a tenth of the rows it evaluates
+        ampl.fill_tables(agent, tables, data[: rows // 10], initial_obs[: len(initial_obs) // 10])
+        for _ in range(args.miw_refresh // 10):
+            miw_step()
+
+    measure_block("miw_step", window, args.miw_refresh // 10, options, rate)
+
+
+def measure_block(name: str, block: Callable[[], None], steps: int, options: Options, rate: float) -> None:
+    """Like `measure`, per step of a block of `steps`."""
+    with FlopCounterMode(display=False) as counter:
+        block()
+    times = []
+    for _ in range(options.blocks):
+        start = synchronised(options.device)
+        block()
+        times.append((synchronised(options.device) - start) / steps * 1e3)
+    floor = counter.get_total_flops() / steps / rate / 1e6 if options.device == "cpu" else None
+    report(name, times, floor, rate)
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    torch.set_num_threads(options.threads)
+    script = load_script(options.script)
+    print(json.dumps({"cpu_matmul": script.choose_cpu_matmul(script.Args()), **dataclasses.asdict(options)}))
+    rate = gemm_rate(options.device)
+    measure_ampl(script, options, rate)
+    with tempfile.TemporaryDirectory() as folder:
+        measure_loading(script, options, rate, Path(folder))
+    if options.device == "cpu":
+        import resource
+
+        print(json.dumps({"phase": "peak_memory_gib", "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
+
+
+if __name__ == "__main__":
+    main()
