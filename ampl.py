@@ -13,7 +13,7 @@ Learning, NeurIPS 2022. A model fitted once to the data is good where the data i
 policy goes. AMPL refits it with weights omega that say how often the current policy would visit
 each stored (s, a), and keeps the policy's (s, a) pairs close to the data's with a GAN.
 
-Algorithm 1, with the equations as they are tagged below:
+Algorithm 1, in the order of the authors' code, with the equations as they are tagged below:
 
     initialise policy, critics, discriminator, omega; fit the model to the data       Eq. (4)
     for each iteration:
@@ -24,8 +24,13 @@ Algorithm 1, with the equations as they are tagged below:
         policy:        maximise Q, and fool the discriminator                         Eq. (15), (17)
         discriminator: tell the data's (s, a) from the policy's (s, a), (s', a')      Eq. (14), (16)
 
+`# Paper: ... Code: ... Here: ...` marks a place where the paper and the authors' released code
+(Shentao-YANG/AMPL_NeurIPS2022) differ, and says what this file does. Eq. (10) acts inside (11);
+Eq. (1)-(3), (5) and (7)-(9) are theory and have no line. Sections: 1 arguments, 2 networks,
+3 equations, 4 one iteration, 5 model and omega, 6 plumbing (may be skipped), 7 `train`.
+
 Run: `python ampl.py --env-id pen-human-v1`. Settings of the paper's sixteen tasks: `PAPER`.
-Every tensor carries a leading axis of independent learners, one per seed: [learners, ...].
+Parameters, buffers and batches carry a leading axis of independent learners: [learners, ...].
 """
 
 import contextlib
@@ -35,6 +40,7 @@ import difflib
 import functools
 import hashlib
 import http.client
+import importlib
 import importlib.util
 import io
 import json
@@ -47,25 +53,31 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import gymnasium
 import h5py
-import mujoco
 import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import mujoco
+except AttributeError:  # all that PyOpenGL says when MUJOCO_GL names a library that is missing
+    gl = os.environ.get("MUJOCO_GL")
+    raise SystemExit(f"MUJOCO_GL={gl} cannot be loaded here: unset it or name another") from None
 
 # ==================================================================================================
 # 1. Arguments
@@ -78,7 +90,7 @@ class Args:
     env_id: str = "maze2d-umaze-v1"
     """task: a row of PAPER, another D4RL name, or a gymnasium id together with --dataset-path"""
     seed: int = 0
-    """seed of learner 0; learner l is seed + l in the reports"""
+    """seed of the run; learner i is reported as seed + i, but is not the run of that seed"""
     num_seeds: int = 1
     """independent learners trained side by side in this process (the paper reports 5)"""
     total_iterations: int = 1_000_000
@@ -102,7 +114,7 @@ class Args:
     log_every: int = 1000
     """iterations between two lines of log.jsonl and of TensorBoard"""
     checkpoint_every: int = 10_000
-    """iterations, model steps or MIW steps between two checkpoints"""
+    """iterations, model steps or omega steps between two checkpoints"""
     capture_video: bool = False
     """render one episode of the policy to episode.gif (at the end, or with --evaluate)"""
 
@@ -110,7 +122,7 @@ class Args:
     dataset_path: str | None = None
     """HDF5 file in D4RL's format; without it the D4RL folder is searched, then D4RL's server"""
     initial_states: Literal["simulator", "dataset"] = "simulator"
-    """samples of mu0: simulator resets (authors' code) or the episodes' first states (purist)"""
+    """samples of mu0: simulator resets (authors' code) or the episodes' first states (no access)"""
     num_initial_states: int = 100_000
     """how many resets (authors' code)"""
 
@@ -124,7 +136,7 @@ class Args:
     model_lr: float = 1e-3
     """Adam (authors' launch script; their main program's default, 3e-4, is never used)"""
     model_batch_size: int = 128
-    """rows per member and step (authors' code: min(512, 128))"""
+    """rows per member and step (authors' code)"""
     model_weight_decay: tuple[float, float, float, float, float] = (
         2.5e-5,
         5e-5,
@@ -132,11 +144,11 @@ class Args:
         7.5e-5,
         1e-4,
     )
-    """coupled L2 of the four hidden layers and of the heads (authors' code)"""
+    """L2 of the four hidden layers and the heads, added to the gradient (authors' code)"""
     model_epoch_steps: int = 1000
     """steps between two looks at the hold-out loss (authors' code)"""
     model_patience: int = 10
-    """epochs without a gain of any member before a fit stops (authors' code)"""
+    """epochs in a row in which no member improved, before a fit stops (authors' code)"""
     model_max_epochs: int = 10_000
     """at most this many epochs per fit (authors' code: 1e7 steps)"""
     holdout_size: int = 8092
@@ -152,17 +164,17 @@ class Args:
     rollout_rows: int = 32_000
     """model transitions per refresh: 128 per iteration (authors' code)"""
     buffer_size: int = 640_000
-    """first-in-first-out rows of model data: five epochs' worth (authors' code)"""
+    """rows of model data, first in first out (authors' code: 5000 iterations' worth)"""
     real_fraction: float = 0.5
-    """share of real rows in a batch once the schedule has run down (paper's f)"""
+    """share f of real rows in a batch: 1 at first, falling down to this (paper)"""
     real_decay_every: int = 5000
-    """after the warm start the share of real rows falls by 0.1 this often (authors' code)"""
+    """it falls by 0.1 every this many iterations after the warm start (authors' code)"""
     shared_rollout_action: bool = False
-    """give all rollouts of a chunk the first state's action (authors' code, by mistake)"""
+    """all 2048 rollouts of a chunk take the first one's action (authors' code, by mistake)"""
 
     # --- critic ---
     gamma: float = 0.99
-    """discount (paper)"""
+    """discount (authors' code)"""
     tau: float = 0.005
     """Polyak rate of the target critic and target policy (authors' code)"""
     batch_size: int = 512
@@ -176,7 +188,7 @@ class Args:
     q_bound: float = 2000.0
     """bootstrap values beyond this count as zero (authors' code)"""
     critic_huber_delta: float = 500.0
-    """Huber threshold; with rewards in [0, 1] the loss is a plain square (authors' code)"""
+    """Huber threshold; errors stay far below it, so the loss is half a square (authors' code)"""
 
     # --- policy and discriminator ---
     hidden: tuple[int, int] = (400, 300)
@@ -196,15 +208,15 @@ class Args:
     warmup_iterations: int = 40_000
     """iterations in which the policy only imitates through the GAN (authors' code)"""
     q_coef: float = 10.0
-    """lambda': weight of Q over its running mean in the policy's objective, Eq. (17) (paper)"""
+    """lambda': weight of Q, divided by the running mean of |Q|, in Eq. (17) (paper)"""
     label_smoothing: float = 0.8
     """labels of true pairs are drawn from [this, 1) (authors' code)"""
 
     # --- marginal importance weights (MIW) ---
     miw_steps: int = 100_000
-    """steps of each MIW training (authors' code)"""
+    """steps of each training of omega, the network of weights (authors' code)"""
     miw_lr: float = 1e-6
-    """Adam (authors' code); so small that omega stays nearly flat"""
+    """Adam (authors' code)"""
     miw_batch_size: int = 1024
     """data rows per step (authors' code)"""
     miw_initial_batch_size: int = 2048
@@ -238,7 +250,7 @@ class Args:
     cuda_graphs: bool = True
     """record the training steps as CUDA graphs (no effect on a CPU)"""
     cpu_fast_matmul: bool = True
-    """route fp32 products to oneDNN where a self-check finds fp32 accuracy (no effect on CUDA)"""
+    """let oneDNN compute fp32 products where a self-check finds fp32 accuracy (CPU only)"""
     threads: int = 0
     """CPU threads of torch; 0 leaves torch's default"""
 
@@ -282,42 +294,60 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def check_args(args: Args) -> None:
-    """Refuse flags that contradict each other, one sentence each. Raises UserError."""
-    positive = [
-        f.name
-        for f in dataclasses.fields(Args)
-        if f.type is int and f.name not in {"seed", "threads", "eval_workers", "warmup_iterations"}
-    ]
-    for name in positive:
-        if getattr(args, name) < 1:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} is {getattr(args, name)}; it must be at least 1")
-    if args.warmup_iterations > args.total_iterations:
-        raise UserError(
-            f"the warm start ({args.warmup_iterations} iterations) is longer than the run "
-            f"({args.total_iterations}); lower --warmup-iterations"
-        )
-    if args.num_elites > args.ensemble_size:
-        raise UserError("--num-elites is larger than --ensemble-size")
-    if not 0 < args.real_fraction <= 1:
-        raise UserError("--real-fraction must lie in (0, 1]")
-    if args.buffer_size < args.rollout_rows:
-        raise UserError("--buffer-size must hold at least one refresh of --rollout-rows")
-    if not 0 <= args.gamma < 1:
-        raise UserError("--gamma must lie in [0, 1)")
+    """Refuse flags that make no sense, one sentence each. Raises UserError."""
+    may_be_zero = {"warmup_iterations", "threads", "eval_workers", "model_weight_decay", "gamma"}
+    may_be_zero |= {"gan_beta1", "q_min_weight", "q_coef", "noise_std", "label_smoothing"}
+    at_most_one = {"gamma", "gan_beta1", "q_min_weight", "label_smoothing", "tau", "miw_tau"}
+    at_most_one |= {"real_fraction"}
+    for name, value in vars(args).items():
+        if isinstance(value, bool | str | None) or name == "seed":
+            continue
+        flag = "--" + name.replace("_", "-")
+        least = "at least 0" if name in may_be_zero else "at least 1"
+        if isinstance(value, float | tuple) and name not in may_be_zero:
+            least = "positive"
+        for number in value if isinstance(value, tuple) else (value,):
+            if not math.isfinite(number):
+                raise UserError(f"{flag} is {number}; it must be finite")
+            if number < 0 or (number == 0 and least != "at least 0"):
+                raise UserError(f"{flag} is {number}; it must be {least}")
+            if number > 1 and name in at_most_one:
+                raise UserError(f"{flag} is {number}; it must be at most 1")
+    clashes = {
+        "--resume continues a run and --evaluate scores one: give one of them": (
+            args.resume is not None and args.evaluate is not None
+        ),
+        "--gamma and --gan-beta1 must be below 1": max(args.gamma, args.gan_beta1) == 1,
+        f"the warm start ({args.warmup_iterations} iterations) is longer than the run "
+        f"({args.total_iterations}): lower --warmup-iterations": (
+            args.warmup_iterations > args.total_iterations
+        ),
+        "--num-elites is larger than --ensemble-size": args.num_elites > args.ensemble_size,
+        "--buffer-size must hold at least one refresh of --rollout-rows": (
+            args.buffer_size < args.rollout_rows
+        ),
+        "--track needs Weights and Biases: pip install wandb": (
+            args.track and importlib.util.find_spec("wandb") is None
+        ),
+    }
+    for sentence, clash in clashes.items():
+        if clash:
+            raise UserError(sentence)
 
 
 # ==================================================================================================
 # 2. Networks
 # ==================================================================================================
-# Shapes: L learners, M members, B rows, S observation, A action.
+# Shapes: L learners, M members of the ensemble, E elites, B rows of a batch, N rows of the data,
+# N0 initial states, S observation, A action, C columns of a row (see Batch).
 
 
 class Linear(nn.Module):
     """A linear layer for every learner (and member): weight [*lead, in, out], bias [*lead, 1, out].
 
-    Initialised like torch.nn.Linear. forward: [G, B, in] -> [G, B, out], G the product of lead: one
-    batched product over all learners and members.
+    lead is (L,) for the policy, (L, 2) for the critics, (L, M) for the model. Initialised like
+    torch.nn.Linear. forward: [G, B, in] -> [G, B, out] with G the product of lead, so that all
+    learners and members are one batched product.
     """
 
     def __init__(self, lead: tuple[int, ...], n_in: int, n_out: int):
@@ -410,7 +440,7 @@ class ImportanceWeight(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = self.net(torch.cat([obs, action], -1)).squeeze(-1)
-        # Paper: any positive function. Code: softplus to the power alpha. Here: code.
+        # Paper: unspecified. Code: softplus to the power alpha. Here: code.
         return (F.softplus(x - 1e-8) + 1e-8) ** self.alpha
 
 
@@ -429,7 +459,7 @@ class DynamicsEnsemble(nn.Module):
         )
         self.heads = Linear(lead, width, 2 * (1 + obs_dim))  # mean and log_std side by side
         for layer in [*self.trunk, self.heads]:
-            # A normal cut at two deviations by wrapping round, as the authors' fmod does.
+            # Normal, values beyond 2 replaced by their remainder: the authors' truncated normal.
             std = 1 / (2 * math.sqrt(layer.weight.shape[-2]))
             layer.weight.data.normal_().fmod_(2).mul_(std)
             nn.init.zeros_(layer.bias)
@@ -466,20 +496,22 @@ class DynamicsEnsemble(nn.Module):
     def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Draw reward [L, B] and next_obs [L, B, S], every row from one member.
 
-        Rows of a batch are exchangeable, so row i takes member (i + offset) mod M: a stratified
-        draw of a random member per row, without evaluating all M for each.
+        Rows of a batch are random anyway, so row i goes to member (i - offset) mod M with a random
+        offset: each member gets an equal share, and no row is evaluated by all M.
         """
         learners, members, rows = obs.shape[0], self.heads.weight.shape[1], obs.shape[1]
-        padded = -(-rows // members) * members
+        padded = math.ceil(rows / members) * members
         x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std
-        offset = torch.randint(members, (), device=obs.device)
+        offset = torch.randint(members, (), device=obs.device)  # a tensor: no wait for the GPU
         turn = (torch.arange(padded, device=obs.device) + offset) % padded
         x = F.pad(x, (0, 0, 0, padded - rows)).index_select(1, turn)
         mean, log_std = self(x.view(learners, -1, members, x.shape[-1]).transpose(1, 2))
         y = mean + log_std.exp() * torch.randn_like(mean)
         y = y.transpose(1, 2).reshape(learners, padded, -1)
         y = y.index_select(1, (torch.arange(rows, device=obs.device) - offset) % padded)
-        y = torch.nan_to_num(y * self.target_std + self.target_mean, nan=0.0)  # Code: NaN is 0
+        # NaN becomes 0, as in the authors' code. The clamp is ours: predictions far outside the
+        # data, which the termination rule ends, must not overflow the other networks.
+        y = (y * self.target_std + self.target_mean).nan_to_num(nan=0.0).clamp(-1e6, 1e6)
         return y[..., 0], obs + y[..., 1:]
 
 
@@ -490,21 +522,18 @@ class DynamicsEnsemble(nn.Module):
 
 
 def conservative_target(
-    reward: Tensor,
-    terminated: Tensor,
-    q_next: Tensor,
-    gamma: float,
-    q_min_weight: float,
-    bound: float,
+    reward: Tensor, terminated: Tensor, q_next: Tensor, gamma: float, c: float, bound: float
 ) -> Tensor:
-    """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j); q_next [L, 2, B], the rest [L, B]. Eq. (12)"""
-    q = q_min_weight * q_next.amin(1) + (1 - q_min_weight) * q_next.amax(1)  # Eq. (12)
-    # Paper: all of q. Code: q beyond the bound counts as zero, none at terminals. Here: code.
-    return reward + gamma * (1 - terminated) * q * (q.abs() < bound)  # Eq. (12)
+    """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j); q_next [L, 2, B], the rest [L, B]."""
+    q = c * q_next.amin(1) + (1 - c) * q_next.amax(1)
+    # Paper: all of q. Code: none at terminals, none where |q| >= 2000. Here: code.
+    q = torch.where((terminated > 0) | (q.abs() >= bound), 0.0, q)
+    return reward + gamma * q  # Eq. (12)
 
 
 def critic_loss(q: Tensor, target: Tensor, delta: float) -> Tensor:
-    """Huber regression of both critics, q [L, 2, B] on target [L, B]. Eq. (13)"""
+    """Huber regression of both critics: q [L, 2, B] on target [L, B]."""
+    # Paper: Huber. Code: Huber with threshold 500, in effect half the square. Here: code.
     target = target.unsqueeze(1).expand_as(q)
     return F.huber_loss(q, target, reduction="none", delta=delta).mean(-1).sum(-1)  # Eq. (13)
 
@@ -515,7 +544,7 @@ def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
 
 
 def generator_loss(logit_fake: Tensor, keep: Tensor) -> Tensor:
-    """How far the policy's pairs [L, B] are from passing as data. Eq. (15)"""
+    """How far the policy's pairs [L, B] are from passing as data; softplus(-logit) is -log D."""
     # Paper: mean log(1 - D). Code: -log D, which does not saturate. Here: code.
     return masked_mean(F.softplus(-logit_fake), keep)  # Eq. (15)
 
@@ -523,45 +552,42 @@ def generator_loss(logit_fake: Tensor, keep: Tensor) -> Tensor:
 def discriminator_loss(
     logit_true: Tensor, logit_fake: Tensor, keep: Tensor, label: Tensor
 ) -> Tensor:
-    """Cross-entropy of telling true from fake pairs; label [L, B] of the true rows. Eq. (16)"""
+    """Cross-entropy of telling true from fake pairs; label [L, B] of the true rows."""
     # Paper: labels 1, no factor. Code: labels U[0.8, 1) and half the sum. Here: code.
     true_part = (F.softplus(logit_true) - label * logit_true).mean(-1)
     return 0.5 * (true_part + masked_mean(F.softplus(logit_fake), keep))  # Eq. (16)
 
 
 def policy_loss(q_min: Tensor, q_avg: Tensor, gan_loss: Tensor, q_coef: float) -> Tensor:
-    """-lambda mean min_j Q_j + L_g with lambda = lambda' / Q_avg; q_min [L, B]. Eq. (17)"""
+    """-lambda mean min_j Q_j + L_g with lambda = lambda' / Q_avg; q_min [L, B], the rest [L]."""
     return -(q_coef / q_avg) * q_min.mean(-1) + gan_loss  # Eq. (17)
 
 
 def model_loss(mean: Tensor, log_std: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted Gaussian negative log-likelihood, up to constants; -> [L, M]. Eq. (6), (4) at w = 1
+    """Weighted Gaussian negative log-likelihood, up to constants and a factor 2 / (1 + S).
 
-    mean, log_std, target: [L, M, B, 1 + S]; weight: [L, M, B] with mean one over the data.
+    mean, log_std, target: [L, M, B, 1 + S], reward included; weight: [L, M, B] -> [L, M]
     """
     nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
-    return (weight * nll.mean(-1)).mean(-1)  # Eq. (6)
+    return (weight * nll.mean(-1)).mean(-1)  # Eq. (6), and at weight one Eq. (4)
 
 
 def miw_moments(
-    omega: Tensor,
-    omega_slow: Tensor,
-    q: Tensor,
-    q_next: Tensor,
-    q_initial: Tensor,
-    live: Tensor,
-    gamma: float,
+    omega: Tensor, omega_slow: Tensor, q: Tensor, q_next: Tensor, q_initial: Tensor, gamma: float
 ) -> tuple[Tensor, Tensor]:
-    """Both sides of Eq. (10), [L] each, estimated from rows [L, B] and initial states [L, B0]."""
+    """Both sides of the flow equation against Q, [L] each; rows [L, B], initial states [L, B0].
+
+    q_next is zero at terminals: nothing flows on from there.
+    """
+    # Paper: Q of pi in the model on both sides. Code: the critic's Q_1 on the left, a slow copy of
+    # it on the right, slow omega there too. Here: code.
     left = (omega * q).mean(-1)  # Eq. (10)
-    right = gamma * (omega_slow * live * q_next).mean(-1) + (1 - gamma) * q_initial.mean(
-        -1
-    )  # Eq. (10)
-    return left, right
+    right = gamma * (omega_slow * q_next).mean(-1)
+    return left, right + (1 - gamma) * q_initial.mean(-1)  # Eq. (10)
 
 
 def miw_loss(left: Tensor, right: Tensor) -> Tensor:
-    """Distance of the two sides, [L]. Eq. (11)"""
+    """Distance of the two sides, [L]."""
     # Paper: the square. Code: Huber with threshold 1. Here: code.
     return F.huber_loss(left, right, reduction="none", delta=1.0)  # Eq. (11)
 
@@ -569,215 +595,23 @@ def miw_loss(left: Tensor, right: Tensor) -> Tensor:
 def project_gradient(
     loss_grads: list[Tensor], mean_grads: list[Tensor], mean_omega: Tensor, bound: float
 ) -> list[Tensor]:
-    """Bend the gradient so that mean omega stays below its bound (dynamic barrier method).
+    """Bend the gradient so that the mean of omega stays below its bound, per learner and parameter.
 
-    Per learner and parameter: g + l c with l = max(0, (phi - <g, c>) / |c|^2), where c is the
-    gradient of mean omega [L] and phi = min(mean omega - bound, |c|^2). Paper: no constraint.
+    g + l c with l = max(0, (phi - <g, c>) / |c|^2), where c is the gradient of mean omega [L] and
+    phi = min(mean omega - bound, |c|^2): above the bound, just enough of c that a step lowers it.
     """
+    # Paper: no constraint. Code: this one (dynamic barrier gradient descent). Here: code.
     projected = []
     for g, c in zip(loss_grads, mean_grads, strict=True):
         norm2 = c.square().flatten(1).sum(1)
         phi = torch.minimum(mean_omega - bound, norm2)
-        step = ((phi - (g * c).flatten(1).sum(1)) / (norm2 + 1e-8)).clamp(min=0)
-        projected.append(g + step.view(-1, *[1] * (g.dim() - 1)) * c)
+        factor = ((phi - (g * c).flatten(1).sum(1)) / (norm2 + 1e-8)).clamp(min=0)
+        projected.append(g + factor.view(-1, *[1] * (g.dim() - 1)) * c)
     return projected
 
 
 # ==================================================================================================
-# 4. The learners: networks, optimizers, and one iteration
-# ==================================================================================================
-
-
-class Batch(NamedTuple):
-    """Rows [L, B, ...]; terminated is 0 or 1 and is the only thing that stops bootstrapping."""
-
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    next_obs: Tensor
-    terminated: Tensor
-
-
-class Agent(nn.Module):
-    """All learners' networks, buffer and optimizers; its state is the whole training state."""
-
-    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
-        super().__init__()
-        self.device, self.learners = device, args.num_seeds
-        self.columns = [obs_dim, action_dim, 1, obs_dim, 1]  # of a row: the fields of Batch
-
-        def build(name: str, network: Callable[..., nn.Module], *sizes) -> nn.Module:
-            seed_phase(args.seed, name)
-            return network(args.num_seeds, *sizes)
-
-        self.actor = build("actor", ImplicitPolicy, obs_dim, action_dim, args)
-        self.critic = build("critic", TwinCritic, obs_dim, action_dim, args)
-        self.discriminator = build("discriminator", Discriminator, obs_dim, action_dim, args)
-        self.weight = build("weight", ImportanceWeight, obs_dim, action_dim, args)
-        sizes = (obs_dim, action_dim, args.model_hidden)
-        self.model = build("model", DynamicsEnsemble, args.ensemble_size, *sizes)
-        self.elites = build("elites", DynamicsEnsemble, args.num_elites, *sizes)
-        for name in ("actor", "critic", "weight"):
-            self.add_module(f"{name}_target", copy.deepcopy(getattr(self, name)))
-        self.critic_slow = copy.deepcopy(self.critic)  # Q' of MIW training
-        self.elites.requires_grad_(False)  # a copy of the best members, made after each fit
-        self.register_buffer("q_avg", torch.full((args.num_seeds,), -1.0))  # -1: no batch seen yet
-        self.register_buffer(
-            "buffer", torch.zeros(args.num_seeds, args.buffer_size, sum(self.columns))
-        )
-        self.register_buffer("buffer_end", torch.zeros((), dtype=torch.long))  # next row to write
-        self.register_buffer("buffer_rows", torch.zeros((), dtype=torch.long))  # rows filled
-        self.register_buffer("real_rows", torch.full((), args.batch_size))  # of a mixed batch
-        self.to(device)
-        self.optimizers = self.make_optimizers(args)
-
-    def make_optimizers(self, args: Args) -> dict[str, torch.optim.Adam]:
-        gan = dict(betas=(args.gan_beta1, 0.999))
-        decay = args.model_weight_decay
-        layers = [*self.model.trunk, self.model.heads]
-        groups = [
-            dict(params=list(layer.parameters()), weight_decay=w)
-            for layer, w in zip(layers, decay, strict=True)
-        ]
-        bounds = dict(params=[self.model.max_log_std, self.model.min_log_std], weight_decay=0.0)
-        return {
-            "actor": adam(self.actor.parameters(), args.actor_lr, **gan),
-            "discriminator": adam(self.discriminator.parameters(), args.discriminator_lr, **gan),
-            "critic": adam(self.critic.parameters(), args.critic_lr),
-            "weight": adam(self.weight.parameters(), args.miw_lr),
-            "model": adam([*groups, bounds], args.model_lr),
-        }
-
-    def split(self, rows: Tensor) -> Batch:
-        obs, action, reward, next_obs, terminated = rows.split(self.columns, -1)
-        return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
-
-    def remember(self, batch: Batch) -> None:
-        """Write model transitions [L, B, ...] over the oldest rows of the buffer."""
-        fields = [f.unsqueeze(-1) if f.dim() == 2 else f for f in batch]
-        count, capacity = batch.obs.shape[1], self.buffer.shape[1]
-        place = (self.buffer_end + torch.arange(count, device=self.device)) % capacity
-        self.buffer.index_copy_(1, place, torch.cat(fields, -1))
-        self.buffer_end.add_(count).remainder_(capacity)
-        self.buffer_rows.add_(count).clamp_(max=capacity)
-
-    def sample(self, data: Tensor, count: int) -> Batch:
-        """A mixed batch: the first `real_rows` rows from data [N, C], the rest from the buffer."""
-        shape, capacity = (self.learners, count), self.buffer.shape[1]
-        real = data[torch.randint(len(data), shape, device=self.device)]
-        place = (torch.rand(shape, device=self.device) * self.buffer_rows).long()
-        place = place.clamp(max=capacity - 1)
-        place += capacity * torch.arange(self.learners, device=self.device).unsqueeze(-1)
-        imagined = self.buffer.flatten(0, 1)[place]
-        is_real = torch.arange(count, device=self.device) < self.real_rows
-        return self.split(torch.where(is_real.unsqueeze(-1), real, imagined))
-
-
-def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """One step of both critics. -> logs [L]"""
-    with torch.no_grad():
-        next_action = torch.tanh(agent.actor_target(batch.next_obs))
-        q_next = agent.critic_target(batch.next_obs, next_action)
-        target = conservative_target(
-            batch.reward, batch.terminated, q_next, args.gamma, args.q_min_weight, args.q_bound
-        )
-    q = agent.critic(batch.obs, batch.action)
-    loss = critic_loss(q, target, args.critic_huber_delta)
-    parameters = list(agent.critic.parameters())
-    grads = clip_gradients(torch.autograd.grad(loss.sum(), parameters), args.critic_grad_norm)
-    apply_gradients(agent.optimizers["critic"], parameters, grads)
-    return {"losses/critic_loss": loss.detach(), "losses/q_values": q.detach().mean((1, 2))}
-
-
-def fake_pairs(agent: Agent, obs: Tensor, rule: "TerminationRule") -> tuple[Tensor, Tensor, Tensor]:
-    """The policy's pairs at s and at the model's s': obs, raw action, keep [L, 2B, ...]. Eq. (14)
-
-    The gradient reaches the policy through both raw actions; s' is a constant. Pairs whose s' is
-    terminal get weight 0.
-    """
-    raw = agent.actor(obs)
-    reward, next_obs = agent.elites.sample(obs, torch.tanh(raw.detach()))
-    _, terminated = rule(reward, next_obs)
-    next_raw = agent.actor(next_obs)
-    keep = (1 - terminated).repeat(1, 2)
-    return torch.cat([obs, next_obs], 1), torch.cat([raw, next_raw], 1), keep  # Eq. (14)
-
-
-def true_pairs(agent: Agent, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Stored pairs with raw action: obs [L, count, S], atanh(action) [L, count, A]."""
-    rows = data[torch.randint(len(data), (agent.learners, count), device=agent.device)]
-    batch = agent.split(rows)
-    return batch.obs, torch.atanh(batch.action.clamp(-1 + 1e-7, 1 - 1e-7))
-
-
-def update_gan(
-    agent: Agent,
-    batch: Batch,
-    data: Tensor,
-    rule: "TerminationRule",
-    args: Args,
-    warmup: bool,
-    step_actor: bool,
-) -> dict[str, Tensor]:
-    """One step of the discriminator and, if `step_actor`, of the policy. -> logs [L]
-
-    Paper: discriminator first. Code: policy first, both losses with the old D. Here: code.
-    """
-    with torch.set_grad_enabled(step_actor and not warmup):
-        q_min = agent.critic(batch.obs, torch.tanh(agent.actor(batch.obs))).amin(1)
-    q_abs = q_min.detach().abs().mean(-1)
-    q_avg = torch.where(agent.q_avg < 0, q_abs, agent.q_avg)
-    with torch.set_grad_enabled(step_actor):
-        obs, raw, keep = fake_pairs(
-            agent, agent.sample(data, args.batch_size).obs, rule
-        )  # Eq. (14)
-    logit_fake = agent.discriminator(obs, raw)
-    logit_true = agent.discriminator(*true_pairs(agent, data, obs.shape[1]))
-    label = args.label_smoothing + (1 - args.label_smoothing) * torch.rand_like(logit_true)
-    gan_loss = generator_loss(logit_fake, keep)
-    # Paper: no warm start. Code: the policy only imitates in the first 40 epochs. Here: code.
-    actor_loss = gan_loss if warmup else policy_loss(q_min, q_avg, gan_loss, args.q_coef)
-    disc_loss = discriminator_loss(logit_true, logit_fake, keep, label)
-    disc_parameters, actor_parameters = (
-        list(agent.discriminator.parameters()),
-        list(agent.actor.parameters()),
-    )
-    # autograd.grad computes just the gradients asked for: none of D's weights in the policy's step,
-    # none of the policy's in D's.
-    if step_actor:
-        grads = torch.autograd.grad(actor_loss.sum(), actor_parameters, retain_graph=True)
-        apply_gradients(agent.optimizers["actor"], actor_parameters, grads)
-    grads = torch.autograd.grad(disc_loss.sum(), disc_parameters)
-    apply_gradients(agent.optimizers["discriminator"], disc_parameters, grads)
-    agent.q_avg.copy_(q_avg.lerp(q_abs, args.tau))
-    return {
-        "losses/actor_loss": actor_loss.detach(),
-        "losses/generator_loss": gan_loss.detach(),
-        "losses/discriminator_loss": disc_loss.detach(),
-    }
-
-
-def iterate(
-    agent: Agent, data: Tensor, rule: "TerminationRule", args: Args, warmup: bool, step_actor: bool
-) -> dict[str, Tensor]:
-    """One iteration: critics, policy, discriminator, targets. No argument changes, no host sync."""
-    batch = agent.sample(data, args.batch_size)
-    logs = update_critic(agent, batch, args)  # Eq. (12), (13)
-    logs |= update_gan(agent, batch, data, rule, args, warmup, step_actor)  # Eq. (14) to (17)
-    polyak(agent.critic_target, agent.critic, args.tau)
-    polyak(agent.actor_target, agent.actor, args.tau)
-    return logs
-
-
-def real_rows(iteration: int, args: Args) -> int:
-    """Rows of a batch that come from the data: all in the warm start, then fewer step by step."""
-    # Paper: f = 0.5. Code: 1.0 until epoch 45, then 0.1 less every five epochs. Here: code.
-    steps = max(0, (iteration - args.warmup_iterations) // args.real_decay_every)
-    return int(max(args.real_fraction, 1 - 0.1 * steps) * args.batch_size)
-
-
-# ==================================================================================================
-# 5. World model and importance weights: fit, imagine
+# 4. The learners and one iteration
 # ==================================================================================================
 
 
@@ -785,12 +619,12 @@ class TerminationRule(NamedTuple):
     """When a model rollout ends: the task's known rule, or a prediction far outside the data."""
 
     known: Callable[[Tensor], Tensor]  # next_obs [..., S] -> bool [...]
-    obs_limit: Tensor  # [S], twice the largest |s| of the data
-    reward_limit: Tensor  # scalar
+    obs_limit: Tensor  # [S]: twice the largest |s| of the data
+    reward_limit: Tensor  # []: the data's largest |r|, ten standard deviations further out
 
     def __call__(self, reward: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
-        """-> reward [L, B], terminated [L, B] as 0 or 1."""
-        # Paper: silent. Code: the two range checks also overwrite the reward. Here: code.
+        """-> reward [L, B], which far outside becomes -reward_limit; terminated [L, B], 0 or 1."""
+        # Paper: silent. Code: the known rule and these two ranges. Here: code.
         outside = (next_obs.abs() > self.obs_limit).any(-1) | (reward.abs() > self.reward_limit)
         terminated = outside | self.known(next_obs)
         return torch.where(outside, -self.reward_limit, reward), terminated.float()
@@ -818,12 +652,214 @@ def known_termination(env_id: str) -> tuple[Callable[[Tensor], Tensor], bool]:
     return rules.get(family, never), family in rules
 
 
+class Batch(NamedTuple):
+    """Rows [L, B, ...]; terminated is 0 or 1 and is the only thing that stops bootstrapping."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor
+
+
+class Agent(nn.Module):
+    """All learners' networks, buffer and optimizers; its state is the whole training state."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        super().__init__()
+        self.device, self.learners = device, args.num_seeds
+        self.columns = [obs_dim, action_dim, 1, obs_dim, 1]  # of a row: the fields of Batch
+
+        def build(name: str, network: Callable[..., nn.Module], *sizes) -> nn.Module:
+            seed_phase(args.seed, name)
+            return network(args.num_seeds, *sizes)
+
+        self.actor = build("actor", ImplicitPolicy, obs_dim, action_dim, args)
+        self.critic = build("critic", TwinCritic, obs_dim, action_dim, args)
+        self.discriminator = build("discriminator", Discriminator, obs_dim, action_dim, args)
+        self.omega = build("omega", ImportanceWeight, obs_dim, action_dim, args)
+        sizes = (obs_dim, action_dim, args.model_hidden)
+        self.model = build("model", DynamicsEnsemble, args.ensemble_size, *sizes)
+        self.elites = build("elites", DynamicsEnsemble, args.num_elites, *sizes)
+        self.actor_target, self.critic_target = map(copy.deepcopy, (self.actor, self.critic))
+        # The slow copies in the training of omega.
+        self.omega_slow, self.critic_slow = map(copy.deepcopy, (self.omega, self.critic))
+        self.elites.requires_grad_(False)  # a copy of the best members, made after each fit
+        self.register_buffer("q_avg", torch.full((args.num_seeds,), -1.0))  # -1: no batch seen yet
+        self.register_buffer(
+            "buffer", torch.zeros(args.num_seeds, args.buffer_size, sum(self.columns))
+        )
+        self.register_buffer("buffer_end", torch.zeros((), dtype=torch.long))  # next row to write
+        self.register_buffer("buffer_rows", torch.zeros((), dtype=torch.long))  # rows filled
+        self.register_buffer("real_rows", torch.full((), args.batch_size))  # of a mixed batch
+        self.to(device)
+        self.optimizers = self.make_optimizers(args)
+
+    def make_optimizers(self, args: Args) -> dict[str, torch.optim.Adam]:
+        gan = dict(betas=(args.gan_beta1, 0.999))
+        decay = args.model_weight_decay
+        layers = [*self.model.trunk, self.model.heads]
+        groups = [
+            dict(params=list(layer.parameters()), weight_decay=w)
+            for layer, w in zip(layers, decay, strict=True)
+        ]
+        bounds = dict(params=[self.model.max_log_std, self.model.min_log_std], weight_decay=0.0)
+        return {
+            "actor": adam(self.actor.parameters(), args.actor_lr, **gan),
+            "discriminator": adam(self.discriminator.parameters(), args.discriminator_lr, **gan),
+            "critic": adam(self.critic.parameters(), args.critic_lr),
+            "omega": adam(self.omega.parameters(), args.miw_lr),
+            "model": adam([*groups, bounds], args.model_lr),
+        }
+
+    def split(self, rows: Tensor) -> Batch:
+        obs, action, reward, next_obs, terminated = rows.split(self.columns, -1)
+        return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
+
+    def remember(self, batch: Batch) -> None:
+        """Write model transitions [L, B, ...] over the oldest rows of the buffer."""
+        fields = [f.unsqueeze(-1) if f.dim() == 2 else f for f in batch]
+        count, capacity = batch.obs.shape[1], self.buffer.shape[1]
+        place = (self.buffer_end + torch.arange(count, device=self.device)) % capacity
+        self.buffer.index_copy_(1, place, torch.cat(fields, -1))
+        self.buffer_end.add_(count).remainder_(capacity)
+        self.buffer_rows.add_(count).clamp_(max=capacity)
+
+    def sample_data(self, data: Tensor, count: int) -> Tensor:
+        """Uniform rows of data [N, C], with replacement. -> [L, count, C]"""
+        return data[torch.randint(len(data), (self.learners, count), device=self.device)]
+
+    def sample(self, data: Tensor, count: int) -> Batch:
+        """A mixed batch: the first `real_rows` rows from data [N, C], the rest from the buffer.
+
+        Both kinds are drawn in full and one is kept per row: fixed shapes, and a count that is a
+        tensor, so that the iteration can be a CUDA graph while the mix changes.
+        """
+        place = torch.rand(self.learners, count, device=self.device) * self.buffer_rows
+        place = place.long().minimum(self.buffer_rows - 1).clamp(min=0)  # rand may round up to 1
+        learner = torch.arange(self.learners, device=self.device).unsqueeze(-1)
+        imagined = self.buffer[learner, place]
+        is_real = torch.arange(count, device=self.device) < self.real_rows
+        return self.split(
+            torch.where(is_real.unsqueeze(-1), self.sample_data(data, count), imagined)
+        )
+
+
+def descend(
+    agent: Agent, name: str, loss: Tensor, max_norm: float = math.inf, retain_graph: bool = False
+) -> None:
+    """One optimizer step of a network along the gradient of its loss [L], clipped per learner.
+
+    autograd.grad computes the gradients of these parameters only: in the policy's step none of the
+    critic's or discriminator's weights, which the loss passes through.
+    """
+    parameters = list(getattr(agent, name).parameters())
+    grads = torch.autograd.grad(loss.sum(), parameters, retain_graph=retain_graph)
+    if max_norm < math.inf:
+        grads = clip_gradients(grads, max_norm)
+    apply_gradients(agent.optimizers[name], parameters, grads)
+
+
+def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One step of both critics. -> logs [L]"""
+    with torch.no_grad():
+        next_action = torch.tanh(agent.actor_target(batch.next_obs))
+        q_next = agent.critic_target(batch.next_obs, next_action)
+        target = conservative_target(
+            batch.reward, batch.terminated, q_next, args.gamma, args.q_min_weight, args.q_bound
+        )
+    q = agent.critic(batch.obs, batch.action)
+    loss = critic_loss(q, target, args.critic_huber_delta)
+    descend(agent, "critic", loss, max_norm=args.critic_grad_norm)
+    return {"losses/critic_loss": loss.detach(), "losses/q_values": q.detach().mean((1, 2))}
+
+
+def fake_pairs(agent: Agent, obs: Tensor, rule: TerminationRule) -> tuple[Tensor, Tensor, Tensor]:
+    """The policy's pairs at s and at the model's s': obs, raw action, keep [L, 2B, ...]. Eq. (14)
+
+    The gradient reaches the policy through both raw actions; s' is a constant.
+    """
+    raw = agent.actor(obs)
+    reward, next_obs = agent.elites.sample(obs, torch.tanh(raw.detach()))
+    _, terminated = rule(reward, next_obs)
+    next_raw = agent.actor(next_obs)
+    # Paper: all pairs. Code: those at a terminal s' are removed. Here: code, as weight 0.
+    keep = torch.cat([torch.ones_like(terminated), 1 - terminated], 1)
+    return torch.cat([obs, next_obs], 1), torch.cat([raw, next_raw], 1), keep  # Eq. (14)
+
+
+def true_pairs(agent: Agent, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Stored pairs with raw action: obs [L, count, S], atanh(action) [L, count, A]."""
+    batch = agent.split(agent.sample_data(data, count))
+    return batch.obs, torch.atanh(batch.action.clamp(-1 + 1e-7, 1 - 1e-7))
+
+
+def update_gan(
+    agent: Agent, batch: Batch, data: Tensor, rule: TerminationRule, args: Args,
+    warmup: bool, step_actor: bool,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One step of the discriminator and, if `step_actor`, of the policy. -> logs [L]"""
+    with torch.set_grad_enabled(step_actor and not warmup):
+        q_min = agent.critic(batch.obs, torch.tanh(agent.actor(batch.obs))).amin(1)
+    q_abs = q_min.detach().abs().mean(-1)
+    q_avg = torch.where(agent.q_avg < 0, q_abs, agent.q_avg)  # the first batch sets it
+    # Paper: the critics' batch. Code: the fake pairs start at states of a batch of their own.
+    # Here: code.
+    obs = agent.sample(data, args.batch_size).obs
+    with torch.set_grad_enabled(step_actor):
+        obs, raw, keep = fake_pairs(agent, obs, rule)  # Eq. (14)
+    logit_fake = agent.discriminator(obs, raw)
+    logit_true = agent.discriminator(*true_pairs(agent, data, obs.shape[1]))
+    gan_loss = generator_loss(logit_fake, keep)
+    # Paper: no warm start. Code: 40,000 iterations that only imitate. Here: code.
+    actor_loss = gan_loss if warmup else policy_loss(q_min, q_avg, gan_loss, args.q_coef)
+    label = args.label_smoothing + (1 - args.label_smoothing) * torch.rand_like(logit_true)
+    disc_loss = discriminator_loss(logit_true, logit_fake, keep, label)
+    # Paper: discriminator first. Code: policy first, both losses with the old D. Here: code. (D's
+    # gradient needs D's weights and the fake pairs; the policy's step leaves both alone.)
+    if step_actor:
+        descend(agent, "actor", actor_loss, retain_graph=True)
+    descend(agent, "discriminator", disc_loss)
+    agent.q_avg.copy_(q_avg.lerp(q_abs, args.tau))
+    return {
+        "losses/actor_loss": actor_loss.detach(),
+        "losses/generator_loss": gan_loss.detach(),
+        "losses/discriminator_loss": disc_loss.detach(),
+    }
+
+
+def iterate(
+    agent: Agent, data: Tensor, rule: TerminationRule, args: Args, warmup: bool, step_actor: bool
+) -> dict[str, Tensor]:
+    """One iteration: critics, policy, discriminator, targets. -> logs [L]
+
+    Reads no Python value that changes and never waits for the GPU, so `capture` can record it.
+    """
+    batch = agent.sample(data, args.batch_size)
+    logs = update_critic(agent, batch, args)  # Eq. (12), (13)
+    logs |= update_gan(agent, batch, data, rule, args, warmup, step_actor)  # Eq. (14) to (17)
+    polyak(agent.critic_target, agent.critic, args.tau)
+    polyak(agent.actor_target, agent.actor, args.tau)
+    return logs
+
+
+def scheduled_real_rows(iteration: int, args: Args) -> int:
+    """Rows of a batch that come from the data: all in the warm start, then fewer step by step."""
+    # Paper: f = 0.5. Code: 1 until iteration 45,000, 0.1 less every 5000 after. Here: code.
+    steps = max(0, (iteration - args.warmup_iterations) // args.real_decay_every)
+    return int(max(args.real_fraction, 1 - 0.1 * steps) * args.batch_size)
+
+
+# ==================================================================================================
+# 5. World model and importance weights: fit, imagine
+# ==================================================================================================
+
+
 @torch.no_grad()
 def imagine(agent: Agent, data: Tensor, rule: TerminationRule, args: Args) -> dict[str, Tensor]:
     """Roll the policy out in the model and write slots x horizon transitions to the buffer.
 
-    A rollout starts at a stored state and ends at its first terminated step, which is kept; its
-    slot then restarts at another stored state, so that the number of rows is fixed.
+    A rollout starts at a stored state and ends at its first terminated step, which is kept.
     """
     slots = math.ceil(args.rollout_rows / args.horizon)
     # A CPU works through chunks that stay in its cache; a GPU takes all slots at once.
@@ -831,24 +867,23 @@ def imagine(agent: Agent, data: Tensor, rule: TerminationRule, args: Args) -> di
     ends = torch.zeros(agent.learners, device=agent.device)
     for first in range(0, slots, chunk):
         count = min(chunk, slots - first)
-        obs = agent.split(random_rows(agent, data, count)).obs
+        obs = agent.split(agent.sample_data(data, count)).obs
         for _ in range(args.horizon):
             action = torch.tanh(agent.actor(obs))
+            # Paper: a ~ pi per state. Code: by mistake one action for all rows. Here: paper.
             if args.shared_rollout_action:
                 action = action[:, :1].expand_as(action).contiguous()
-            # Paper: a ~ pi per state. Code: by mistake one action for all rows. Here: paper.
             reward, next_obs = agent.elites.sample(obs, action)
             reward, terminated = rule(reward, next_obs)
             agent.remember(Batch(obs, action, reward, next_obs, terminated))
-            fresh = agent.split(random_rows(agent, data, count)).obs
+            # Paper: silent. Code: new rollouts until 32,000 rows are there. Here: the slot of an
+            # ended rollout restarts, so that every refresh has the same shape.
+            fresh = agent.split(agent.sample_data(data, count)).obs
             obs = torch.where(terminated.unsqueeze(-1) > 0, fresh, next_obs)
             ends += terminated.mean(-1) * (count / (slots * args.horizon))
     return {"rollout/terminated_frac": ends}
 
 
-def random_rows(agent: Agent, data: Tensor, count: int) -> Tensor:
-    """Uniform rows of data [N, C], with replacement. -> [L, count, C]"""
-    return data[torch.randint(len(data), (agent.learners, count), device=agent.device)]
 
 
 def training_pairs(agent: Agent, dataset: "Dataset", data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -900,15 +935,20 @@ def holdout_loss(
 
 
 def fit_state(agent: Agent, args: Args) -> dict:
-    """What early stopping remembers; the whole of it goes into checkpoints."""
+    """What early stopping remembers, all of which goes into checkpoints.
+
+    Learners train in one product but stop on their own: what a stopped one has is set aside
+    ("frozen") and put back at the end; "idle" counts its epochs without a gain of any member.
+    """
     shape = (args.num_seeds, args.ensemble_size)
     return {
         "epoch": 0,
         "best": torch.full(shape, 1e32, device=agent.device),
-        "idle": torch.zeros(args.num_seeds, dtype=torch.long),  # epochs since a member's gain
-        "stopped": torch.zeros(args.num_seeds, dtype=torch.bool),
+        # epochs since a member's gain
+        "idle": torch.zeros(args.num_seeds, dtype=torch.long, device=agent.device),
+        "stopped": torch.zeros(args.num_seeds, dtype=torch.bool, device=agent.device),
         "best_members": [p.detach().clone() for p in agent.model.member_parameters()],
-        "frozen": {},  # learner -> its weights and Adam moments at its own stop
+        "frozen": {},  # learner -> its weights and Adam moments
     }
 
 
@@ -925,10 +965,11 @@ def model_tensors(agent: Agent) -> list[Tensor]:
 def judge_epoch(agent: Agent, fit: dict, loss: Tensor, args: Args) -> None:
     """Snapshot the members that gained over 1 %, stop the learners that were idle for too long."""
     gained = (fit["best"] - loss) / fit["best"].abs() > 0.01
+    gained &= ~fit["stopped"].unsqueeze(-1)
     fit["best"] = torch.where(gained, loss, fit["best"])
     for best, now in zip(fit["best_members"], agent.model.member_parameters(), strict=True):
         best.copy_(torch.where(gained.view(*gained.shape, 1, 1), now, best))
-    fit["idle"] = torch.where(gained.any(-1).cpu(), 0, fit["idle"] + 1)
+    fit["idle"] = torch.where(gained.any(-1), 0, fit["idle"] + 1)
     fit["epoch"] += 1
     stops = (fit["idle"] >= args.model_patience) & ~fit["stopped"]
     for learner in stops.nonzero().flatten().tolist():
@@ -937,8 +978,8 @@ def judge_epoch(agent: Agent, fit: dict, loss: Tensor, args: Args) -> None:
 
 
 @torch.no_grad()
-def finish_fit(agent: Agent, fit: dict, args: Args) -> None:
-    """Put learners back to their own stop, members to their best epoch, and name the elites."""
+def restore_best(agent: Agent, fit: dict) -> None:
+    """Put learners back to their own stop and members to their best epoch."""
     for learner, saved in fit["frozen"].items():
         for tensor, value in zip(model_tensors(agent), saved, strict=True):
             tensor[learner].copy_(value)
@@ -950,7 +991,6 @@ def finish_fit(agent: Agent, fit: dict, args: Args) -> None:
         # it is to 2e-5 after the shortest fit) keeps a learner independent of the others' stops.
         for state in agent.optimizers["model"].state.values():
             state["step"].fill_(1e6)
-    choose_elites(agent, fit["best"], args)
 
 
 @torch.no_grad()
@@ -970,20 +1010,20 @@ def choose_elites(agent: Agent, loss: Tensor, args: Args) -> None:
 
 def fit_model(
     agent: Agent, dataset: "Dataset", data: Tensor, weight: Tensor, args: Args, k: int, run: "Run"
-) -> None:
-    """Fit k of the model: Eq. (4) at weights one (k = 0), Eq. (6) afterwards; weight [L, N].
+) -> Tensor:
+    """Fit k of the model with weights [L, N]; fit 0 is unweighted. -> hold-out losses [L, M]
 
-    Re-fits go on from the present weights and Adam state, on a new split, until no member has
-    gained 1 % on the hold-out rows for `model_patience` epochs.
+    A re-fit goes on from the present weights and Adam state, on a new split, until no member has
+    gained 1 % on the hold-out rows for `model_patience` epochs. Paper: silent. Code: this. Here:
+    code.
     """
     inputs, targets, rows = training_pairs(agent, dataset, data)
     weight = weight[:, rows].contiguous()
     seed_phase(args.seed, "model split", k)
     order = torch.stack([torch.randperm(len(rows)) for _ in range(agent.learners)]).to(agent.device)
-    held = min(int(0.2 * len(rows)), args.holdout_size)
+    held = min(len(rows) - int(0.8 * len(rows)), args.holdout_size)
     holdout_rows, train_rows = order[:, :held].contiguous(), order[:, held:].contiguous()
-    fit = run.progress.setdefault("fit", None) or fit_state(agent, args)
-    run.progress["fit"] = fit
+    fit = run.progress["fit"] = run.progress.get("fit") or fit_state(agent, args)
     step = capture(
         lambda: model_step(agent, inputs, targets, weight, train_rows, args), agent, args
     )
@@ -994,8 +1034,11 @@ def fit_model(
         loss = holdout_loss(agent, inputs, targets, weight, holdout_rows)
         judge_epoch(agent, fit, loss, args)
         logs = logs | {"model/holdout_loss": loss.mean(-1)}
-        run.after_steps(f"model fit {k + 1}", args.model_epoch_steps, logs)
-    finish_fit(agent, fit, args)
+        run.after_steps(f"model fit {k}", args.model_epoch_steps, logs)
+    restore_best(agent, fit)
+    loss = holdout_loss(agent, inputs, targets, weight, holdout_rows)
+    choose_elites(agent, loss, args)
+    return loss
 
 
 def q_of_policy(agent: Agent, obs: Tensor) -> Tensor:
@@ -1044,19 +1087,19 @@ def miw_step(
         else:
             q, q_next = tables.q.gather(1, rows), tables.q_next.gather(1, rows)
             q_initial = tables.q_initial.gather(1, starts)
-        omega_slow = agent.weight_target(batch.obs, batch.action)
-    omega = agent.weight(batch.obs, batch.action)
-    live = 1 - batch.terminated
-    loss = miw_loss(*miw_moments(omega, omega_slow, q, q_next, q_initial, live, args.gamma))
+        omega_slow = agent.omega_slow(batch.obs, batch.action)
+    omega = agent.omega(batch.obs, batch.action)
+    q_next = (1 - batch.terminated) * q_next
+    loss = miw_loss(*miw_moments(omega, omega_slow, q, q_next, q_initial, args.gamma))
     mean_omega = omega.mean(-1)
-    parameters = list(agent.weight.parameters())
+    parameters = list(agent.omega.parameters())
     loss_grads = torch.autograd.grad(loss.sum(), parameters, retain_graph=True)
     mean_grads = torch.autograd.grad(mean_omega.sum(), parameters)
     grads = project_gradient(loss_grads, mean_grads, mean_omega.detach(), args.miw_mean_bound)
     apply_gradients(
-        agent.optimizers["weight"], parameters, clip_gradients(grads, args.miw_grad_norm)
+        agent.optimizers["omega"], parameters, clip_gradients(grads, args.miw_grad_norm)
     )
-    polyak(agent.weight_target, agent.weight, args.miw_tau)
+    polyak(agent.omega_slow, agent.omega, args.miw_tau)
     return {"losses/weight_loss": loss.detach(), "weights/batch_mean": mean_omega.detach()}
 
 
@@ -1065,18 +1108,18 @@ def normalised_weight(agent: Agent, data: Tensor) -> Tensor:
     """omega over the data divided by its mean, [L, N]."""
     # Paper: omega. Code: omega / mean(omega). Here: code.
     parts = [agent.split(p.expand(agent.learners, -1, -1)) for p in data.split(4096)]
-    omega = torch.cat([agent.weight(p.obs, p.action) for p in parts], -1)
+    omega = torch.cat([agent.omega(p.obs, p.action) for p in parts], -1)
     return omega / omega.mean(-1, keepdim=True)
 
 
 def fit_weight(
     agent: Agent, data: Tensor, initial_obs: Tensor, args: Args, k: int, run: "Run"
 ) -> Tensor:
-    """MIW training before re-fit k, Eq. (11). -> weights of the data with mean one, [L, N]
+    """Train omega before re-fit k, Eq. (11). -> weights of the data with mean one, [L, N]
 
-    Policy and critic stand still, so Q over the data is constant and only needs fresh actions now
-    and then (`miw_refresh`). The first window evaluates Q in every step, until its slow copy,
-    which starts at the target critic, has reached the critic.
+    Policy and critic stand still, so Q over the data is constant, and Q' changes with its fresh
+    actions and while its slow copy travels from the target critic to the critic. The first window
+    of `miw_refresh` steps evaluates Q' in every step, later ones once.
     """
     done = run.progress.setdefault("miw_step", 0)
     if done == 0:
@@ -1086,19 +1129,22 @@ def fit_weight(
     plain = capture(lambda: miw_step(agent, data, initial_obs, None, args), agent, args)
     cached = capture(lambda: miw_step(agent, data, initial_obs, tables, args), agent, args)
     window = args.miw_refresh if args.miw_refresh > 1 else 1000
-    while done < args.miw_steps:
+    while done < args.miw_steps:  # nothing to do on a resume inside the re-fit
         seed_phase(args.seed, f"miw {k}", done)
+        count = min(window, args.miw_steps - done)
         use_tables = done > 0 and args.miw_refresh > 1
         if use_tables:
             fill_tables(agent, tables, data, initial_obs)
-        count = min(window, args.miw_steps - done)
+            polyak(agent.critic_slow, agent.critic, 1 - (1 - args.miw_tau) ** count)
         for _ in range(count):
             logs = (cached if use_tables else plain)()
         run.progress["miw_step"] = done = done + count
-        run.after_steps(f"MIW training {k}", count, logs)
+        run.after_steps(f"omega {k}", count, logs)
     weight = normalised_weight(agent, data)
     effective = weight.sum(-1).square() / weight.square().sum(-1) / weight.shape[1]
-    run.log(f"weights {k}", {"weights/max": weight.amax(-1), "weights/effective_share": effective})
+    if "fit" not in run.progress:  # else this is a resumed re-fit, and they are logged already
+        logs = {"weights/max": weight.amax(-1), "weights/effective_sample_share": effective}
+        run.log(f"weights {k}", logs)
     return weight
 
 
@@ -1607,7 +1653,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
         """obs [n, S] -> actions [n, A] in [-1, 1]: of some samples the one with the best min Q."""
-        # Paper: silent. Code: best of 10 by min Q, not by Q_1 as its comment says. Here: code.
+        # Paper: silent. Code: best of 10 by min Q. Here: code.
         states = torch.as_tensor(obs, dtype=torch.float32).repeat_interleave(self.candidates, 0)
         action = torch.tanh(self.actor(states[None]))
         value = self.critic(states[None], action).amin(1).view(len(obs), self.candidates)
@@ -1626,9 +1672,11 @@ def load_policy(run: str | Path, learner: int = 0) -> Policy:
     path = Path(run) / "policy.pt"
     if not path.exists():
         raise UserError(f"{path} does not exist: is {run} a run folder with a checkpoint?")
-    saved = torch.load(path, weights_only=True)
-    policy = Policy(load_args(run), saved["obs_dim"], saved["action_dim"])
-    policy.load_state_dict(saved["learners"][learner])
+    args = load_args(run)
+    with reading(path):
+        saved = torch.load(path, weights_only=True)
+        policy = Policy(args, saved["obs_dim"], saved["action_dim"])
+        policy.load_state_dict(saved["learners"][learner])
     return policy
 
 
@@ -1636,8 +1684,8 @@ def evaluate(policy: Policy, args: Args, learner: int, k: int, episodes: int) ->
     """Returns [episodes] of a learner's policy in evaluation k; the same in any process."""
     threads, seed = torch.get_num_threads(), args.seed + learner
     torch.set_num_threads(1)
-    with torch.random.fork_rng():
-        seed_phase(seed, "evaluation", k)
+    with torch.random.fork_rng(devices=[]):  # the GPU's state is not touched
+        torch.default_generator.manual_seed(phase_seed(seed, "evaluation", k))
         returns, _ = run_episodes(
             args.env_id, policy.act, episodes, phase_seed(seed, "episodes", k)
         )
@@ -1648,6 +1696,9 @@ def evaluate(policy: Policy, args: Args, learner: int, k: int, episodes: int) ->
 def start_worker(matmul: str) -> None:
     """First call in an evaluation process: Ctrl-C is for the parent, products are as there."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Why: a parent that is killed tells its workers nothing, and they would wait for ever.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     set_cpu_matmul(matmul)
 
 
@@ -1655,9 +1706,10 @@ def record_episode(policy: Policy, env_id: str, path: Path) -> None:
     """Render an episode, at most 500 frames, to a GIF. Raises UserError if nothing can render."""
     from PIL import Image  # matplotlib brings it
 
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # no screen needed
     try:
+        if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
+            os.environ["MUJOCO_GL"] = "egl"  # no screen needed; mujoco has read it at import
+            importlib.reload(mujoco.rendering.classic.gl_context)
         env = make_env(env_id, render_mode="rgb_array")
         frames, (obs, _), over = [], env.reset(seed=0), False
         low, high = env.action_space.low, env.action_space.high
@@ -1666,6 +1718,7 @@ def record_episode(policy: Policy, env_id: str, path: Path) -> None:
             action = policy.act(obs[None])[0]
             obs, _, terminated, truncated, _ = env.step(low + (action + 1) / 2 * (high - low))
             over = terminated or truncated
+        env.close()
     except UserError:
         raise
     except Exception as error:  # every OpenGL backend fails in its own way
@@ -1673,7 +1726,8 @@ def record_episode(policy: Policy, env_id: str, path: Path) -> None:
             f"cannot render ({type(error).__name__}: {error}); install EGL, or OSMesa and set "
             "MUJOCO_GL=osmesa"
         ) from None
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=33, loop=0)
+    film = dict(format="GIF", save_all=True, append_images=frames[1:], duration=33, loop=0)
+    write_atomically(path, lambda file: frames[0].save(file, **film))
     print(path)
 
 
@@ -1701,6 +1755,12 @@ def adam(parameters, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> to
             moments = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {"step": torch.zeros((), device=p.device)} | moments
     return optimizer
+
+
+def load_optimizer(optimizer: torch.optim.Adam, saved: dict) -> None:
+    """Take over saved moments and step counts; learning rate and the like stay as they are."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(saved | {"param_groups": groups})
 
 
 def apply_gradients(optimizer: torch.optim.Adam, parameters: list, grads: list) -> None:
@@ -1801,7 +1861,8 @@ def write_atomically(path: Path, write: Callable) -> None:
             os.fsync(file.fileno())
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
         raise UserError(f"cannot write {path} ({error}); what was there is unharmed") from None
 
 
@@ -1809,23 +1870,47 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
+@contextlib.contextmanager
+def writing(path: Path):
+    """A block that writes to a log. Raises UserError on a full disk and the like."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}); the last checkpoint is kept") from None
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """A block that reads a file of torch.save's. Raises UserError if it is damaged or foreign."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # torch, pickle, zipfile and our own look-ups each have their own
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
+        raise UserError(f"{path} is damaged or does not fit ({reason})") from None
+
+
 def load_args(run: str | Path) -> Args:
     """The arguments of a run folder. Raises UserError if it is none."""
     try:
         saved = json.loads((Path(run) / "args.json").read_text())
         return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{run} is not a run folder of this script: {error}") from None
 
 
 class Run:
     """The run's folder, and all that is written to it: logs, checkpoints, curves, the result."""
 
+    saved = ("iteration", "progress", "curves", "seconds", "rollout_logs", "matmul")
+
     def __init__(self, args: Args, algo: str):
         self.args, self.algo, self.iteration, self.unsaved = args, algo, 0, 0
         self.progress: dict = {}  # of a model fit or MIW training that a checkpoint interrupts
         self.curves: list[dict] = []  # of every evaluation: iteration and returns [L][episodes]
         self.pending: list = []  # evaluations under way in workers
+        self.rollout_logs: dict[str, Tensor] = {}  # of the last rollout, logged with the losses
         self.seconds = dict.fromkeys(("model", "miw", "rollout", "iterations", "evaluation"), 0.0)
         self.last_log, self.interrupted, self.workers, self.wandb = (0, 0.0), False, None, None
         if args.resume:
@@ -1837,20 +1922,22 @@ class Run:
             self.dir.mkdir(parents=True)
             shutil.copy(__file__, self.dir)
         except OSError as error:
-            raise UserError(f"cannot make the run folder {self.dir}: {error.strerror}") from None
+            raise UserError(f"cannot make the run folder {self.dir} ({error})") from None
         write_json(self.dir / "args.json", dataclasses.asdict(args))
 
-    def open(self, agent: Agent, matmul: str) -> None:
+    def open(self, agent: Agent, matmul: str, dataset_sha256: str) -> None:
         """Load the checkpoint if the run is resumed; open the logs, cut back to it."""
-        self.agent, self.matmul, log_bytes = agent, matmul, 0
-        if self.args.resume:
-            log_bytes = self.load_checkpoint()
-        self.log_file = open(self.dir / "log.jsonl", "ab")
-        self.log_file.truncate(log_bytes)
+        self.agent, self.matmul, self.dataset_sha256 = agent, matmul, dataset_sha256
+        log_bytes = self.load_checkpoint() if self.args.resume else 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what tensorboard's own imports say
             from torch.utils.tensorboard import SummaryWriter
-        self.board = SummaryWriter(str(self.dir), purge_step=self.iteration)
+        with writing(self.dir):
+            self.log_file = open(self.dir / "log.jsonl", "ab")
+            self.log_file.truncate(min(log_bytes, self.log_file.tell()))
+            # TensorBoard drops what an interrupted run wrote after its checkpoint.
+            purge = self.iteration + 1 if self.args.resume else None
+            self.board = SummaryWriter(str(self.dir), purge_step=purge)
         if self.args.track:
             self.wandb = start_wandb(self.args, self.dir)
         if self.args.eval_workers:
@@ -1867,7 +1954,8 @@ class Run:
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
-        self.bar.write("Ctrl-C: saving at the next safe point (again: stop without saving)")
+        # os.write: a signal may come in the midst of a print, which must not be entered twice.
+        os.write(2, b"\nCtrl-C: saving at the next safe point (again: stop without saving)\n")
 
     def took(self, phase: str) -> None:
         """Book the time since the last call to `phase`."""
@@ -1877,8 +1965,8 @@ class Run:
         self.seconds[phase] += now - self.clock
         self.clock = now
 
-    def log(self, phase: str, logs: dict[str, Tensor]) -> None:
-        """Read tensors [L] from the device, once, and write them. UserError: one is not finite."""
+    def finite(self, phase: str, logs: dict[str, Tensor]) -> dict[str, list[float]]:
+        """Read tensors [L] from the device. Raises UserError if one is not finite."""
         values = {k: v.tolist() for k, v in logs.items()}
         for key, row in values.items():
             if not np.isfinite(row).all():
@@ -1886,13 +1974,19 @@ class Run:
                     f"{key} is not finite ({row}) in {phase} at iteration {self.iteration}; the "
                     f"last good checkpoint is kept in {self.dir}"
                 )
+        return values
+
+    def log(self, phase: str, logs: dict[str, Tensor]) -> None:
+        """Write tensors [L] to log.jsonl, TensorBoard, wandb. UserError: one is not finite."""
+        values = self.finite(phase, logs)
         line = {"iteration": self.iteration, "phase": phase} | values
-        self.log_file.write((json.dumps(line) + "\n").encode())
-        self.log_file.flush()
-        for key, row in values.items():
-            for learner, value in enumerate(row):
-                tag = key if len(row) == 1 else f"{key}/seed_{self.args.seed + learner}"
-                self.board.add_scalar(tag, value, self.iteration)
+        with writing(self.dir):
+            self.log_file.write((json.dumps(line) + "\n").encode())
+            self.log_file.flush()
+            for key, row in values.items():
+                for learner, value in enumerate(row):
+                    tag = key if len(row) == 1 else f"{key}/seed_{self.args.seed + learner}"
+                    self.board.add_scalar(tag, value, self.iteration)
         if self.wandb:
             self.wandb.log({k: float(np.mean(v)) for k, v in values.items()}, step=self.iteration)
 
@@ -1912,8 +2006,12 @@ class Run:
         self.bar.update()
         last = self.iteration == args.total_iterations
         to_evaluate = self.iteration % args.eval_every == 0 or last
+        to_log = to_evaluate or self.iteration % args.log_every == 0
         to_save = self.interrupted or last or self.unsaved >= args.checkpoint_every
-        if to_evaluate or to_save or self.iteration % args.log_every == 0:
+        logs = logs | self.rollout_logs
+        if to_save:
+            self.finite("training", logs)
+        if to_log:
             self.took("iterations")
             count, seconds = self.iteration - self.last_log[0], self.seconds["iterations"]
             rate = count / max(seconds - self.last_log[1], 1e-9)
@@ -1922,17 +2020,19 @@ class Run:
         if to_evaluate:
             self.start_evaluation()
         if to_save:
+            self.took("iterations")
             self.save_checkpoint()
 
     def policy(self, learner: int) -> Policy:
-        policy = Policy(self.args, *self.agent.columns[:2])
+        with torch.random.fork_rng(devices=[]):  # its first weights must not disturb the training
+            policy = Policy(self.args, *self.agent.columns[:2])
         policy.load_state_dict(policy_state(self.agent, learner))
         return policy
 
     def start_evaluation(self) -> None:
         """Evaluate all learners as they stand, here or in the workers."""
         k, args = self.iteration // self.args.eval_every, self.args
-        jobs = [(self.policy(l), args, l, k, args.eval_episodes) for l in range(args.num_seeds)]
+        jobs = [(self.policy(n), args, n, k, args.eval_episodes) for n in range(args.num_seeds)]
         if self.workers:
             futures = [self.workers.submit(evaluate, *job) for job in jobs]
             self.pending.append((self.iteration, futures))
@@ -1944,7 +2044,11 @@ class Run:
     def collect_evaluations(self, wait: bool) -> None:
         while self.pending and (wait or all(f.done() for f in self.pending[0][1])):
             iteration, futures = self.pending.pop(0)
-            self.record(iteration, [f.result() for f in futures])
+            try:
+                returns = [f.result() for f in futures]
+            except BrokenExecutor:
+                raise UserError("an evaluation process died (out of memory?)") from None
+            self.record(iteration, returns)
 
     def record(self, iteration: int, returns: list[np.ndarray]) -> None:
         """Keep, log and show one evaluation."""
@@ -1972,11 +2076,18 @@ class Run:
         self.collect_evaluations(wait=True)
         agent = self.agent
         state = agent.state_dict()
-        state["buffer"] = agent.buffer[:, : agent.buffer_rows]  # without the rows still empty
+        for name, tensor in state.items():
+            if not tensor.isfinite().all():
+                raise UserError(
+                    f"{name} is not finite at iteration {self.iteration}; the last good checkpoint "
+                    f"is kept in {self.dir}"
+                )
+        state["buffer"] = agent.buffer[:, : agent.buffer_rows].clone()  # no rows still empty
         checkpoint = {
-            **{k: getattr(self, k) for k in ("iteration", "progress", "curves", "seconds")},
+            **{k: getattr(self, k) for k in self.saved},
             "log_bytes": self.log_file.tell(), "rng": torch.get_rng_state(),
-            "matmul": self.matmul, "threads": torch.get_num_threads(), "agent": state,
+            "threads": torch.get_num_threads(), "agent": state,
+            "dataset_sha256": self.dataset_sha256,
             "optimizers": {k: o.state_dict() for k, o in agent.optimizers.items()},
         }  # fmt: skip
         if agent.device.type == "cuda":
@@ -1999,35 +2110,38 @@ class Run:
         if not path.exists():
             raise UserError(f"{self.dir} holds no checkpoint yet: start again without --resume")
         agent = self.agent
-        saved = torch.load(path, weights_only=True, map_location=agent.device)
-        filled = saved["agent"].pop("buffer")
-        agent.load_state_dict(saved["agent"], strict=False)  # all but the buffer
-        agent.buffer[:, : filled.shape[1]] = filled
-        for name, optimizer in agent.optimizers.items():
-            optimizer.load_state_dict(saved["optimizers"][name])
-        for key in ("iteration", "progress", "curves", "seconds", "matmul"):
-            setattr(self, key, saved[key])
-        set_cpu_matmul(self.matmul)
-        torch.set_num_threads(saved["threads"])
-        torch.set_rng_state(saved["rng"].cpu())
-        if "cuda_rng" in saved and agent.device.type == "cuda":
-            torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), agent.device)
+        with reading(path):
+            saved = torch.load(path, weights_only=True, map_location=agent.device)
+            if saved["dataset_sha256"] != self.dataset_sha256:
+                raise UserError(f"{self.dir} was trained on another dataset than it finds now")
+            filled = saved["agent"]["buffer"]
+            agent.buffer[:, : filled.shape[1]] = filled
+            agent.load_state_dict(saved["agent"] | {"buffer": agent.buffer})
+            for name, optimizer in agent.optimizers.items():
+                load_optimizer(optimizer, saved["optimizers"][name])
+            for key in self.saved:
+                setattr(self, key, saved[key])
+            set_cpu_matmul(self.matmul)
+            torch.set_num_threads(saved["threads"])
+            torch.set_rng_state(saved["rng"].cpu())
+            if "cuda_rng" in saved and agent.device.type == "cuda":
+                torch.cuda.set_rng_state(saved["cuda_rng"].cpu(), agent.device)
         self.last_log = (self.iteration, self.seconds["iterations"])
         return saved["log_bytes"]
 
     def finish(self, dataset: Dataset) -> dict:
         """Score the final policies over more episodes; write result.json, print and return it."""
         args, learners = self.args, range(self.args.num_seeds)
-        self.collect_evaluations(wait=True)
+        signal.signal(signal.SIGINT, self.old_handler)  # all is saved: Ctrl-C stops at once
         self.clock = time.perf_counter()
-        returns = [evaluate(self.policy(l), args, l, -1, args.final_episodes) for l in learners]
+        returns = [evaluate(self.policy(n), args, n, -1, args.final_episodes) for n in learners]
         self.took("evaluation")
         final, scores = [d4rl_score(args.env_id, r) for r in returns], self.scores()
         result = {
             "algo": self.algo, "env_id": args.env_id, "normalized": has_reference(args.env_id),
             "dataset": dataset.source, "dataset_sha256": dataset.sha256,
             "dataset_notes": dataset.notes, "initial_states": args.initial_states,
-            "seeds": [args.seed + l for l in learners], "total_steps": self.iteration,
+            "seeds": [args.seed + n for n in learners], "total_steps": self.iteration,
             "last": scores[-1].tolist(), "mean_last_ten": scores[-10:].mean(0).tolist(),
             "final_mean": [s.mean() for s in final], "final_scores": [s.tolist() for s in final],
             "evaluations": [[c["iteration"], *s] for c, s in zip(self.curves, scores, strict=True)],
@@ -2045,9 +2159,11 @@ class Run:
         return result
 
     def close(self) -> None:
+        """Close whatever is open; a second call does nothing."""
         self.bar.close()
-        self.board.close()
-        self.log_file.close()
+        for file in (self.board, self.log_file):
+            with contextlib.suppress(OSError):  # on a full disk
+                file.close()
         if self.workers:
             self.workers.shutdown(cancel_futures=True)
         if self.wandb:
@@ -2066,11 +2182,9 @@ def report_scores(args: Args, scores: list[np.ndarray]) -> None:
 
 
 def start_wandb(args: Args, run_dir: Path):
-    """A Weights and Biases run. Raises UserError if wandb is not installed."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--track needs Weights and Biases: pip install wandb") from None
+    """A Weights and Biases run."""
+    import wandb
+
     place = {"project": args.wandb_project_name, "entity": args.wandb_entity}
     return wandb.init(**place, name=run_dir.name, config=dataclasses.asdict(args))
 
@@ -2152,13 +2266,13 @@ def sample_initial_states(dataset: Dataset, args: Args, device: torch.device) ->
 
 
 def first_model(agent: Agent, dataset: Dataset, data: Tensor, args: Args, run: Run) -> None:
-    """Fit the unweighted model, Eq. (4), and save it; or take it from --dynamics-from."""
+    """Fit the unweighted model, Eq. (4), and save it, unless it came from --dynamics-from."""
     if args.dynamics_from:
-        return load_model(agent, dataset, args)
+        return
     ones = torch.ones(agent.learners, len(data), device=agent.device)
-    fit_model(agent, dataset, data, ones, args, 0, run)  # Eq. (4)
+    loss = fit_model(agent, dataset, data, ones, args, 0, run)  # Eq. (4)
     saved = {
-        "model": agent.model.state_dict(), "holdout_loss": run.progress["fit"]["best"],
+        "model": agent.model.state_dict(), "holdout_loss": loss,
         "optimizer": agent.optimizers["model"].state_dict(), "dataset_sha256": dataset.sha256,
     }  # fmt: skip
     write_atomically(run.dir / "model.pt", lambda file: torch.save(saved, file))
@@ -2167,16 +2281,15 @@ def first_model(agent: Agent, dataset: Dataset, data: Tensor, args: Args, run: R
 def load_model(agent: Agent, dataset: Dataset, args: Args) -> None:
     """The first model of another run, with its optimizer. Raises UserError if it does not fit."""
     path = Path(args.dynamics_from) / "model.pt"
-    try:
+    if not path.exists():
+        raise UserError(f"--dynamics-from: {path} does not exist; did that run fit its model?")
+    with reading(path):
         saved = torch.load(path, weights_only=True, map_location=agent.device)
+        if saved["dataset_sha256"] != dataset.sha256:
+            raise UserError(f"--dynamics-from {path}: that model was fitted to another dataset")
         agent.model.load_state_dict(saved["model"])
-        agent.optimizers["model"].load_state_dict(saved["optimizer"])
-    except (OSError, RuntimeError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"--dynamics-from {path}: no model of this size there ({reason})") from None
-    if saved["dataset_sha256"] != dataset.sha256:
-        raise UserError(f"--dynamics-from {path}: that model was fitted to another dataset")
-    choose_elites(agent, saved["holdout_loss"], args)
+        load_optimizer(agent.optimizers["model"], saved["optimizer"])
+        choose_elites(agent, saved["holdout_loss"], args)
 
 
 def announce(dataset: Dataset, args: Args, device: torch.device, matmul: str) -> None:
@@ -2209,8 +2322,10 @@ def train(args: Args) -> dict:
     matmul = choose_cpu_matmul(args)
     announce(dataset, args, device, matmul)
     agent = Agent(args, dataset.obs.shape[1], dataset.action.shape[1], device)
+    if args.dynamics_from and not args.resume:
+        load_model(agent, dataset, args)
     run = Run(args, "ampl")
-    run.open(agent, matmul)
+    run.open(agent, matmul, dataset.sha256)
 
     step = {
         (warmup, step_actor): capture(
@@ -2220,34 +2335,34 @@ def train(args: Args) -> dict:
         for step_actor in (True, False)
     }
     refresh = capture(functools.partial(imagine, agent, data, rule, args), agent, args)
-    rollout_logs: dict[str, Tensor] = {}
     initial_obs = None  # drawn when omega first needs them
 
-    while run.iteration < args.total_iterations:  # Alg. 1
-        i = run.iteration
-        if i == 0:
-            first_model(agent, dataset, data, args, run)  # Eq. (4)
-            run.took("model")
-        elif i % args.model_retrain_every == 0:
-            k = i // args.model_retrain_every
-            if initial_obs is None:
-                initial_obs = sample_initial_states(dataset, args, device)
-            weight = fit_weight(agent, data, initial_obs, args, k, run)  # Eq. (11)
-            run.took("miw")
-            fit_model(agent, dataset, data, weight, args, k, run)  # Eq. (6)
-            run.took("model")
-        if i % args.rollout_every == 0:
-            run.took("iterations")
-            seed_phase(args.seed, "rollout", i)
-            rollout_logs = refresh()  # D_model
-            seed_phase(args.seed, "iterations", i)
-            run.took("rollout")
-        agent.real_rows.fill_(real_rows(i, args))
-        warmup, step_actor = i < args.warmup_iterations, i % args.policy_frequency == 0
-        logs = step[warmup, step_actor]()  # Eq. (12) to (17)
-        run.after_iteration(logs | rollout_logs)
+    with contextlib.closing(run):
+        while run.iteration < args.total_iterations:  # Alg. 1
+            i = run.iteration
+            if i == 0:
+                first_model(agent, dataset, data, args, run)  # Eq. (4)
+                run.took("model")
+            elif i % args.model_retrain_every == 0:
+                k = i // args.model_retrain_every
+                if initial_obs is None:
+                    initial_obs = sample_initial_states(dataset, args, device)
+                weight = fit_weight(agent, data, initial_obs, args, k, run)  # Eq. (11)
+                run.took("miw")
+                fit_model(agent, dataset, data, weight, args, k, run)  # Eq. (6)
+                run.took("model")
+            if i % args.rollout_every == 0:
+                run.took("iterations")
+                seed_phase(args.seed, "rollout", i)
+                run.rollout_logs = refresh()  # D_model
+                seed_phase(args.seed, "iterations", i)
+                run.took("rollout")
+            agent.real_rows.fill_(scheduled_real_rows(i, args))
+            warmup, step_actor = i < args.warmup_iterations, i % args.policy_frequency == 0
+            logs = step[warmup, step_actor]()  # Eq. (12) to (17)
+            run.after_iteration(logs)
 
-    result = run.finish(dataset)
+        result = run.finish(dataset)
     if args.capture_video:
         record_episode(load_policy(run.dir), args.env_id, run.dir / "episode.gif")
     return result
@@ -2255,31 +2370,41 @@ def train(args: Args) -> dict:
 
 def evaluate_run(args: Args) -> None:
     """--evaluate: score the saved policies of a run; --capture-video also renders an episode."""
+    check_args(args)
     saved = load_args(args.evaluate)
     policies = [load_policy(args.evaluate, learner) for learner in range(saved.num_seeds)]
-    returns = [evaluate(p, saved, l, -2, args.final_episodes) for l, p in enumerate(policies)]
+    returns = [evaluate(p, saved, n, -2, args.final_episodes) for n, p in enumerate(policies)]
     report_scores(saved, [d4rl_score(saved.env_id, r) for r in returns])
     if args.capture_video:
         record_episode(policies[0], saved.env_id, Path(args.evaluate) / "episode.gif")
+
+
+def resumed_args(args: Args) -> Args:
+    """The arguments of the run to be resumed. Raises UserError if flags ask for others."""
+    check_args(args)
+    saved, default = load_args(args.resume), parse_args([])
+    for name, value in vars(args).items():
+        if name != "resume" and value not in (getattr(saved, name), getattr(default, name)):
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"--resume takes all flags from the run, where {flag} is not {value}")
+    return dataclasses.replace(saved, resume=args.resume)
 
 
 def main() -> None:
     """The command line. A UserError is one sentence on stderr and exit status 2."""
     try:
         args = parse_args()
-        if args.evaluate:
+        if args.evaluate is not None:
             evaluate_run(args)
-        elif args.resume:
-            train(dataclasses.replace(load_args(args.resume), resume=args.resume))
+        elif args.resume is not None:
+            train(resumed_args(args))
         else:
             train(args)
     except UserError as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(
-            "stopped without saving; --resume continues from the last checkpoint", file=sys.stderr
-        )
+        print("stopped without saving; --resume goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -4,10 +4,11 @@ import copy
 import math
 from types import SimpleNamespace
 
-import ampl
 import pytest
 import torch
 from torch import nn
+
+import ampl
 
 CPU = torch.device("cpu")
 LN2 = 0.6931472
@@ -125,10 +126,10 @@ def test_masked_mean():
 
 
 def test_generator_loss():
-    """Eq. (15), non-saturating: -log D with D = 3/4 and 1/4 is 0.2876821 and 1.3862944."""
-    logit = torch.tensor([[math.log(3), -math.log(3), 50.0]])
+    """Eq. (15), non-saturating: -log D with D = 3/4 and 1/2 is 0.2876821 and 0.6931472."""
+    logit = torch.tensor([[math.log(3), 0.0, -50.0]])
     keep = torch.tensor([[1.0, 1.0, 0.0]])
-    assert ampl.generator_loss(logit, keep).tolist() == pytest.approx([0.8369882])
+    assert ampl.generator_loss(logit, keep).tolist() == pytest.approx([0.4904147])
 
 
 def test_discriminator_loss():
@@ -230,6 +231,36 @@ def test_weighted_likelihood_prefers_heavy_rows():
     assert grad.abs().max() > 0.1 and grad.sum().abs() < 1e-6
 
 
+def test_model_step_uses_the_weights_of_its_rows():
+    """Rows at +1 (weight 1.5) and -1 (0.5) with the same input: every member settles at 0.5.
+
+    Only training rows are drawn: the last ten, at 9, are held out. Tolerance: 0.15.
+    """
+    torch.manual_seed(0)
+    args = tiny(model_lr=1e-2, model_batch_size=64)
+    agent = ampl.Agent(args, 3, 2, CPU)
+    inputs, targets, weight = torch.zeros(50, 5), torch.ones(50, 4), torch.full((1, 50), 1.5)
+    targets[20:40], weight[:, 20:40], targets[40:] = -1.0, 0.5, 9.0
+    for _ in range(200):
+        ampl.model_step(agent, inputs, targets, weight, torch.arange(40)[None], args)
+    mean = agent.model(torch.zeros(1, 3, 1, 5))[0]
+    torch.testing.assert_close(mean, torch.full_like(mean, 0.5), atol=0.15, rtol=0)
+
+
+def test_holdout_loss():
+    """Chunks of 512 add up to the mean over 600 rows; weights and row numbers are respected."""
+    args = tiny()
+    agent = ampl.Agent(args, 3, 2, CPU)
+    agent.model.forward = lambda x: (torch.zeros(*x.shape[:-1], 4), torch.zeros(*x.shape[:-1], 4))
+    targets, weight = torch.zeros(700, 4), torch.ones(1, 700)
+    targets[100:] = 2.0  # rows 0 to 99 are not held out
+    weight[:, 400:] = 0.5
+    rows = torch.arange(100, 700)[None]
+    # 300 rows at 1 * 4 and 300 at 0.5 * 4.
+    loss = ampl.holdout_loss(agent, torch.zeros(700, 5), targets, weight, rows)
+    assert loss.tolist() == [[pytest.approx(3.0)] * 3]
+
+
 def test_soft_bounds_of_log_std():
     """Far outside its bounds log_std is the bound; inside it nearly passes."""
     model = ampl.DynamicsEnsemble(1, 2, 3, 2, 8)
@@ -289,16 +320,16 @@ def test_ensemble_sample_units_and_noise():
 
 
 def test_ensemble_recovers_a_linear_gaussian_system():
-    """A short fit finds mean and noise: delta = 2a + noise, sd 0.1 for a < 0 and 0.4 for a > 0.
+    """A short fit finds mean and noise: delta = 2a + noise of deviation 0.2 exp(a).
 
     Tolerances: 0.1 on the mean (its range is 4), 25 % on the two deviations, for all members.
     """
     torch.manual_seed(0)
-    args = tiny(model_hidden=16, model_batch_size=64, model_epoch_steps=600, model_max_epochs=3,
-                model_lr=5e-3, ensemble_size=2)  # fmt: skip
+    args = tiny(model_hidden=16, model_batch_size=128, model_epoch_steps=500, model_max_epochs=3,
+                model_lr=2e-3, ensemble_size=2)  # fmt: skip
     rows = 4000
     obs, action = torch.randn(rows, 1), torch.rand(rows, 1) * 2 - 1
-    noise = torch.randn(rows, 1) * torch.where(action < 0, 0.1, 0.4)
+    noise = torch.randn(rows, 1) * 0.2 * action.exp()
     columns = [obs, action, action.square(), obs + 2 * action + noise, torch.zeros(rows, 1)]
     data = torch.cat(columns, -1)
     agent = ampl.Agent(args, 1, 1, CPU)
@@ -312,7 +343,7 @@ def test_ensemble_recovers_a_linear_gaussian_system():
     mean = (mean * model.target_std + model.target_mean)[0, :, :, 1]
     std = (log_std.exp() * model.target_std)[0, :, :, 1]
     torch.testing.assert_close(mean, (2 * test_action).expand(2, 4), atol=0.1, rtol=0)
-    truth = torch.tensor([0.1, 0.1, 0.4, 0.4]).expand(2, 4)
+    truth = torch.tensor([0.0899, 0.1213, 0.3297, 0.4451]).expand(2, 4)
     torch.testing.assert_close(std, truth, atol=0, rtol=0.25)
 
 
@@ -409,14 +440,13 @@ def test_model_fit_of_a_learner_ignores_the_other():
 
 
 def test_miw_moments():
-    """Eq. (10): 5.5 on the left, 0.9 * 5 + 0.1 * 3 = 4.8 on the right (row 2 is terminal)."""
+    """Eq. (10): 5.5 on the left, 0.9 * 5 + 0.1 * 3 = 4.8 on the right."""
     left, right = ampl.miw_moments(
         omega=torch.tensor([[2.0, 1.0]]),
         omega_slow=torch.tensor([[1.0, 4.0]]),
         q=torch.tensor([[3.0, 5.0]]),
-        q_next=torch.tensor([[10.0, 7.0]]),
+        q_next=torch.tensor([[2.0, 2.0]]),
         q_initial=torch.tensor([[2.0, 4.0, 3.0]]),
-        live=torch.tensor([[1.0, 0.0]]),
         gamma=0.9,
     )
     assert left.tolist() == pytest.approx([5.5]) and right.tolist() == pytest.approx([4.8])
@@ -426,6 +456,22 @@ def test_miw_loss():
     """Eq. (11): half the square within 1, linear beyond."""
     left, right = torch.tensor([5.5, 1.0]), torch.tensor([4.8, 4.0])
     assert ampl.miw_loss(left, right).tolist() == pytest.approx([0.245, 2.5])
+
+
+@pytest.mark.parametrize("use_tables", [False, True])
+def test_miw_step_stops_at_terminals(use_tables):
+    """Q = 1 and omega = 0.929: the sides are 0.929 and 0.01, plus 0.99 * 0.929 where it goes on."""
+    args = tiny()
+    for terminal, expected in ((1.0, 0.4223), (0.0, 0.0)):  # (0.929 - 0.01) ** 2 / 2
+        agent, data, tables = ampl.Agent(args, 3, 2, CPU), random_data(40), None
+        data[:, -1] = terminal
+        agent.critic.first = lambda obs, action: torch.ones(obs.shape[:2])
+        agent.critic_slow.first = agent.critic.first
+        if use_tables:
+            tables = ampl.QTables(*(torch.zeros(1, 40) for _ in range(3)))
+            ampl.fill_tables(agent, tables, data, data[:, :3])
+        logs = ampl.miw_step(agent, data, data[:, :3], tables, args)
+        assert logs["losses/weight_loss"].item() == pytest.approx(expected, abs=0.005)
 
 
 def test_importance_weight_start_values():
@@ -521,8 +567,8 @@ def test_real_rows_schedule():
     expected = {1: 512, 40: 512, 41: 512, 45: 512, 46: 460, 50: 460, 51: 409, 55: 409, 56: 358,
                 60: 358, 61: 307, 65: 307, 66: 256, 1000: 256}  # fmt: skip
     for epoch, rows in expected.items():
-        assert ampl.real_rows((epoch - 1) * 1000, args) == rows, epoch
-        assert ampl.real_rows(epoch * 1000 - 1, args) == rows, epoch
+        assert ampl.scheduled_real_rows((epoch - 1) * 1000, args) == rows, epoch
+        assert ampl.scheduled_real_rows(epoch * 1000 - 1, args) == rows, epoch
 
 
 def test_scale_rewards():
@@ -535,10 +581,12 @@ def test_scale_rewards():
 
 def test_prepare_sets_the_ranges():
     """Twice the largest |s| per entry; rewards: ten deviations beyond the scaled extremes."""
-    data = torch.tensor([
-        [1.0, -2.0, 0.0, 0.0, 3.0, 1.0, 0.0],
-        [0.5, 1.0, 0.0, 1.0, 0.0, -4.0, 1.0],
-    ])
+    data = torch.tensor(
+        [
+            [1.0, -2.0, 0.0, 0.0, 3.0, 1.0, 0.0],
+            [0.5, 1.0, 0.0, 1.0, 0.0, -4.0, 1.0],
+        ]
+    )
     rows, rule = ampl.prepare(dataset_of(data, 2, 1), tiny(env_id="maze2d-umaze-v1"), CPU)
     assert rule.obs_limit.tolist() == [6.0, 8.0]
     # Rewards 0.001 and 1.001, deviation 0.7071068: max(|0.001 - 7.071068|, 1.001 + 7.071068).
@@ -757,6 +805,28 @@ def test_critic_update_touches_only_the_critic():
     assert not any(map(torch.equal, critic, parameters_of(agent.critic)))
 
 
+def test_critic_bootstraps_from_the_targets():
+    """The target is Q' of the target critic at s' and the target policy's action there."""
+    args, data = tiny(critic_grad_norm=1e9), random_data(40)
+    agent, _ = warmed_agent(args, data)
+    batch, seen = agent.sample(data, 16), []
+    agent.actor_target.forward = lambda obs: obs[..., :2] / 2
+
+    def q_next(obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        seen.extend((obs, action))
+        return torch.full((1, 2, 16), 50.0)
+
+    agent.critic_target.forward = q_next
+    for p in agent.critic.parameters():
+        nn.init.zeros_(p)
+    logs = ampl.update_critic(agent, batch, args)
+    assert torch.equal(seen[0], batch.next_obs)
+    torch.testing.assert_close(seen[1], torch.tanh(batch.next_obs[..., :2] / 2))
+    # Q = 0, so every row adds half the square of r + 0.99 * 50, for two critics.
+    expected = (batch.reward + 49.5).square().mean().item()
+    assert logs["losses/critic_loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_critic_learns_the_target():
     """At terminals the regression target is the reward: Q goes to it."""
     args = tiny(critic_lr=1e-2, batch_size=64)
@@ -780,8 +850,9 @@ def test_warm_start_ignores_the_critic():
             agent.critic.net.out.weight.data += shift
             torch.manual_seed(2)
             batch = agent.sample(data, args.batch_size)
-            ampl.update_gan(agent, batch, data, rule, args, warmup, True)
+            logs = ampl.update_gan(agent, batch, data, rule, args, warmup, True)
             results.append(parameters_of(agent.actor))
+            assert torch.equal(logs["losses/actor_loss"], logs["losses/generator_loss"]) == warmup
         assert same(*results) == warmup
 
 
