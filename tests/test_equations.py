@@ -181,14 +181,14 @@ def test_true_pairs_are_finite_at_the_bounds():
 
 
 def test_fake_pairs():
-    """Eq. (14): both states, both raw actions with gradient, s' constant, terminal s' dropped."""
+    """Eq. (14): both raw actions carry gradient, s' does not; a terminal s' loses its own pair."""
     agent = ampl.Agent(tiny(), 3, 2, CPU)
     obs = torch.arange(12.0).view(1, 4, 3)
     agent.elites.sample = lambda obs, action: (torch.zeros(1, 4), obs + 100)
     known = lambda s: s[..., 0] == 106  # noqa: E731  the third row
     pairs, raw, keep = ampl.fake_pairs(agent, obs, rule_for(3, known))
     assert torch.equal(pairs, torch.cat([obs, obs + 100], 1)) and not pairs.requires_grad
-    assert keep.tolist() == [[1, 1, 0, 1, 1, 1, 0, 1]]
+    assert keep.tolist() == [[1, 1, 1, 1, 1, 1, 0, 1]]
     for half in (raw[:, :4], raw[:, 4:]):
         grads = torch.autograd.grad(half.sum(), list(agent.actor.parameters()), retain_graph=True)
         assert all(g.abs().sum() > 0 for g in grads)
@@ -386,7 +386,8 @@ def test_early_stopping_and_elites():
     assert fit["idle"].item() == 2 and not fit["stopped"].any()
     judge(agent, fit, args, [[2.0, 2.0, 2.0]], 5.0)
     assert fit["idle"].item() == 3 and fit["stopped"].all() and fit["epoch"] == 5
-    ampl.finish_fit(agent, fit, args)
+    ampl.restore_best(agent, fit)
+    ampl.choose_elites(agent, fit["best"], args)
     for p in agent.model.member_parameters():
         assert p.flatten(2).unique(dim=-1).flatten().tolist() == [1.0, 2.0, 1.0]
     # The two elites are member 1 (-1.02, epoch 2) and member 2 (0.5, epoch 1).
@@ -408,7 +409,7 @@ def test_a_stopped_learner_is_restored():
     agent.model.max_log_std.data.fill_(8.0)
     judge(agent, fit, args, [[0.1, 0.1, 0.01], [0.5, 1.0, 1.5]], 3.0)  # learner 0 "gains"
     assert fit["stopped"].all()
-    ampl.finish_fit(agent, fit, args)
+    ampl.restore_best(agent, fit)
     assert fit["best"].tolist() == [[1.0, 2.0, 3.0], [0.5, 1.0, 1.5]]
     for p in agent.model.member_parameters():
         assert (p[0] == 1.0).all() and (p[1] == 2.0).all()
@@ -522,19 +523,19 @@ def test_mean_omega_stays_below_its_bound():
     torch.manual_seed(0)
     for _ in range(400):
         ampl.miw_step(agent, data, data[:, :3], None, args)
-    assert agent.weight(data[None, :, :3], data[None, :, 3:5]).mean() < 0.55
+    assert agent.omega(data[None, :, :3], data[None, :, 3:5]).mean() < 0.55
 
 
 def test_normalised_weight_has_mean_one():
     """omega over the data divided by its mean, per learner."""
     args = tiny(num_seeds=2)
     agent = ampl.Agent(args, 3, 2, CPU)
-    nn.init.normal_(agent.weight.net.out.weight)
+    nn.init.normal_(agent.omega.net.out.weight)
     data = random_data(5000)  # more than one chunk
     weight = ampl.normalised_weight(agent, data)
     assert weight.std() > 0.01
     torch.testing.assert_close(weight.mean(-1), torch.ones(2))
-    omega = agent.weight(data[None, :, :3].expand(2, -1, -1), data[None, :, 3:5].expand(2, -1, -1))
+    omega = agent.omega(data[None, :, :3].expand(2, -1, -1), data[None, :, 3:5].expand(2, -1, -1))
     torch.testing.assert_close(weight[:, 4999] / weight[:, 0], omega[:, 4999] / omega[:, 0])
 
 
@@ -797,12 +798,22 @@ def test_critic_update_touches_only_the_critic():
     """update_critic moves all of the critic and nothing else."""
     args, data = tiny(), random_data(40)
     agent, _ = warmed_agent(args, data)
-    names = ("actor", "actor_target", "critic_target", "discriminator", "weight", "elites")
+    names = ("actor", "actor_target", "critic_target", "discriminator", "omega", "elites")
     before = {name: parameters_of(getattr(agent, name)) for name in names}
     critic = parameters_of(agent.critic)
     ampl.update_critic(agent, agent.sample(data, 16), args)
     assert all(same(before[name], parameters_of(getattr(agent, name))) for name in names)
     assert not any(map(torch.equal, critic, parameters_of(agent.critic)))
+
+
+def test_critic_gradient_is_clipped():
+    """Both critics of a learner together step along a gradient of norm 0.1."""
+    args, data = tiny(num_seeds=2), random_data(40)
+    data[:, 5] += 100.0
+    agent, _ = warmed_agent(args, data)
+    ampl.update_critic(agent, agent.sample(data, 16), args)
+    norm2 = sum(p.grad.square().flatten(1).sum(1) for p in agent.critic.parameters())
+    assert norm2.sqrt().tolist() == pytest.approx([0.1, 0.1], rel=1e-3)
 
 
 def test_critic_bootstraps_from_the_targets():
@@ -910,12 +921,12 @@ def test_miw_of_a_learner_ignores_the_other():
     results = []
     for factor in (1.0, 5.0):
         agent = ampl.Agent(args, 3, 2, CPU)
-        start = copy.deepcopy(agent.weight)
-        for p in [*agent.critic.parameters(), *agent.weight.parameters()]:
+        start = copy.deepcopy(agent.omega)
+        for p in [*agent.critic.parameters(), *agent.omega.parameters()]:
             p.data[1] *= factor
         torch.manual_seed(3)
         for _ in range(4):
             ampl.miw_step(agent, data, data[:, :3], None, args)
-        results.append(parameters_of(agent.weight, 0) + parameters_of(agent.weight_target, 0))
-        assert not same(parameters_of(start, 0), parameters_of(agent.weight, 0))
+        results.append(parameters_of(agent.omega, 0) + parameters_of(agent.omega_slow, 0))
+        assert not same(parameters_of(start, 0), parameters_of(agent.omega, 0))
     assert same(*results)

@@ -284,7 +284,7 @@ class Toy:
         """omega at the eight state-actions, [S, A]."""
         s, a = torch.eye(4).repeat_interleave(2, 0), torch.eye(2).repeat(4, 1)
         with torch.no_grad():
-            return self.agent.weight(s[None], a[None]).numpy().reshape(4, 2)
+            return self.agent.omega(s[None], a[None]).numpy().reshape(4, 2)
 
     def residual(self, omega: np.ndarray, Q: np.ndarray) -> float:
         left, right = exact_moments(self.m, self.d, self.pi, omega, Q)
@@ -344,7 +344,7 @@ def test_tables_equal_the_plain_loop_without_noise():
         for step in range(30):
             torch.manual_seed(step)
             logs = ampl.miw_step(agent, data, initial_obs, tables, args)
-        results.append([*agent.weight.parameters(), logs["losses/weight_loss"]])
+        results.append([*agent.omega.parameters(), logs["losses/weight_loss"]])
     for plain, cached in zip(*results, strict=True):
         torch.testing.assert_close(plain, cached, atol=1e-5, rtol=1e-4)
 
@@ -367,9 +367,10 @@ def test_tables_agree_with_the_plain_loop_on_the_whole():
     assert (plain - cached).abs().mean() < 0.35 * (plain - 1).abs().mean()
 
 
-def test_first_window_tracks_the_slow_critic():
-    """fit_weight starts Q' at the target critic and moves it to the critic by Polyak steps."""
-    toy = Toy(miw_refresh=200, miw_steps=200, miw_tau=0.01)
+@pytest.mark.parametrize("refresh", [1, 200, 80])
+def test_slow_critic_travels_to_the_critic(refresh):
+    """Q' starts at the target critic and takes a Polyak step per step, with tables or without."""
+    toy = Toy(miw_refresh=refresh, miw_steps=200, miw_tau=0.01)
     toy.agent.critic_target.table.data += 4.0
     toy.agent.critic_slow.table.data += 99.0
     ampl.fit_weight(toy.agent, toy.data, toy.initial_obs, toy.args, 1, StubRun())
