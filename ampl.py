@@ -43,6 +43,7 @@ import http.client
 import importlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -455,7 +456,7 @@ class DynamicsEnsemble(nn.Module):
         sizes = [obs_dim + action_dim] + 4 * [width]
         lead = (learners, members)
         self.trunk = nn.ModuleList(
-            Linear(lead, i, o) for i, o in zip(sizes, sizes[1:], strict=False)
+            Linear(lead, i, o) for i, o in itertools.pairwise(sizes)
         )
         self.heads = Linear(lead, width, 2 * (1 + obs_dim))  # mean and log_std side by side
         for layer in [*self.trunk, self.heads]:
@@ -884,8 +885,6 @@ def imagine(agent: Agent, data: Tensor, rule: TerminationRule, args: Args) -> di
     return {"rollout/terminated_frac": ends}
 
 
-
-
 def training_pairs(agent: Agent, dataset: "Dataset", data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The model's rows, normalised: inputs [n, S + A], targets [n, 1 + S]; their numbers [n].
 
@@ -913,10 +912,8 @@ def model_step(
     mean, log_std = model(inputs[rows])
     loss = model_loss(mean, log_std, targets[rows], row_weight).sum(-1)  # Eq. (6)
     # Keeps the learned bounds of log_std from drifting apart.
-    width = (model.max_log_std - model.min_log_std).flatten(1).sum(-1)
-    parameters = list(model.parameters())
-    grads = torch.autograd.grad((loss + 0.01 * 2 * width).sum(), parameters)
-    apply_gradients(agent.optimizers["model"], parameters, grads)
+    spread = (model.max_log_std - model.min_log_std).flatten(1).sum(-1)
+    descend(agent, "model", loss + 0.02 * spread)
     return {"model/train_nll": loss.detach() / args.ensemble_size}
 
 
@@ -2350,6 +2347,7 @@ def train(args: Args) -> dict:
                 weight = fit_weight(agent, data, initial_obs, args, k, run)  # Eq. (11)
                 run.took("miw")
                 fit_model(agent, dataset, data, weight, args, k, run)  # Eq. (6)
+                seed_phase(args.seed, "iterations", i)
                 run.took("model")
             if i % args.rollout_every == 0:
                 run.took("iterations")
