@@ -21,6 +21,7 @@ Source: D4RL's generate_maze2d_datasets.py --noisy and relabel_maze2d_rewards.py
 80.3 rows), without it they are not (73.0).
 """
 
+import contextlib
 import difflib
 import json
 import math
@@ -29,6 +30,7 @@ import sys
 import time
 import zipfile
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,6 +73,10 @@ class Args:
     keep_quirks: bool = False
     """repeat the observation of the row before a goal switch in the row after it, as D4RL's script
     does by an oversight: the first transition of a trajectory then spans two physical steps"""
+
+
+class UserError(Exception):
+    """A mistake the user can mend: main prints it as one sentence and exits with code 2."""
 
 
 def refuse(sentence):
@@ -195,7 +201,7 @@ class Maze2dEnv(gymnasium.Env):
         return np.concatenate([self.data.qpos, self.data.qvel]), {}
 
     def step(self, action):
-        """One physics step of 0.01 s. About 75,000 steps/s on one core, a fifth of it physics."""
+        """One physics step of 0.01 s."""
         self.data.ctrl[:] = np.clip(action, -1.0, 1.0)
         # The limit of 5 m/s acts before the step: observed speeds reach 5 + 0.95 / 4.19879 = 5.226.
         self.data.qvel[:] = np.clip(self.data.qvel, -5.0, 5.0)
@@ -454,21 +460,26 @@ def check_files(args, path, partial):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(partial.with_suffix(".test"), lambda file: file.write(b"test"))
         partial.with_suffix(".test").unlink()
-    except OSError as error:
-        refuse(f"cannot write to {path.parent}: {error.strerror}.")
+    except (UserError, OSError) as error:
+        refuse(f"cannot write to {path.parent} ({error}).")
 
 
-def write_atomically(path, write):
-    """`write(file)` into a temporary file beside `path`, then rename: no one sees half a file."""
-    temporary = path.with_name(path.name + ".tmp")  # a fixed name: a killed run leaves one at most
+def write_atomically(path: Path, write: Callable) -> None:
+    """write(file) into a temporary file, sync, rename: `path` is the old or the new, never half.
+
+    Raises UserError if the disk is full or the folder is not writable; `path` is then untouched.
+    """
+    part = path.with_name(path.name + ".part")
     try:
-        with open(temporary, "w+b") as file:
+        with open(part, "w+b") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise UserError(f"cannot write {path} ({error}); what was there is unharmed") from None
 
 
 def write_dataset(path, columns, args):
@@ -521,7 +532,7 @@ def main():
         collect(parse_args())
     except KeyboardInterrupt:
         refuse("stopped; --resume continues from the last save, if there is one.")
-    except (OSError, MemoryError) as error:
+    except (UserError, OSError, MemoryError) as error:
         refuse(f"{error}; --resume continues from the last save, if there is one.")
 
 

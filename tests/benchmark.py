@@ -9,8 +9,10 @@ little: look at `gflops`, which is the same on every calm run.
 """
 
 import dataclasses
+import functools
 import importlib.util
 import json
+import resource
 import statistics
 import tempfile
 import time
@@ -68,19 +70,21 @@ def gemm_rate(device: str) -> float:
     return 2 * 2 * 512 * 400 * 300 / min(seconds) / 1e9
 
 
-def measure(name: str, step: Callable[[], None], repeat: int, options: Options, rate: float) -> None:
-    """Print the median over blocks of `repeat` calls, in ms per call, and the ratio to the floor."""
-    step()  # warm-up, and on CUDA the recording of the graph
+def measure(
+    name: str, block: Callable[[], None], steps: int, options: Options, rate: float
+) -> None:
+    """Print the median over calls of `block`, in ms per step, of which it takes `steps`."""
+    block()  # warm-up, and on CUDA the recording of the graphs
     with FlopCounterMode(display=False) as counter:
-        step()
-    flops = counter.get_total_flops() if options.device == "cpu" else None  # a replay hides them
+        block()
     times = []
     for _ in range(options.blocks):
         start = synchronised(options.device)
-        for _ in range(repeat):
-            step()
-        times.append((synchronised(options.device) - start) / repeat * 1e3)
-    report(name, times, None if flops is None else flops / rate / 1e6, rate)
+        block()
+        times.append((synchronised(options.device) - start) / steps * 1e3)
+    # On CUDA a replay hides the operations from the counter.
+    floor = counter.get_total_flops() / steps / rate / 1e6 if options.device == "cpu" else None
+    report(name, times, floor, rate)
 
 
 def report(name: str, times: list[float], floor_ms: float | None, rate: float) -> None:
@@ -160,11 +164,10 @@ def measure_ampl(ampl, options: Options, rate: float) -> None:
 
         return block
 
-    per_block = dataclasses.replace(options, blocks=options.blocks)
     agent.real_rows.fill_(args.batch_size // 2)
-    measure_block("iteration", iterations(warmup=False), args.rollout_every, per_block, rate)
+    measure("iteration", iterations(warmup=False), args.rollout_every, options, rate)
     agent.real_rows.fill_(args.batch_size)
-    measure_block("iteration_warmup", iterations(warmup=True), args.rollout_every, per_block, rate)
+    measure("iteration_warmup", iterations(warmup=True), args.rollout_every, options, rate)
     measure("rollout", refresh, 1, options, rate)
 
     learners, rows = args.num_seeds, options.rows
@@ -173,9 +176,10 @@ def measure_ampl(ampl, options: Options, rate: float) -> None:
     weight = torch.ones(learners, rows, device=device)
     order = torch.arange(rows, device=device).expand(learners, -1).contiguous()
     model_step = capture(lambda: ampl.model_step(agent, inputs, targets, weight, order, args))
-    measure("model_step", model_step, 50, options, rate)
+    measure("model_step", lambda: [model_step() for _ in range(50)], 50, options, rate)
     held = order[:, : args.holdout_size].contiguous()
-    measure("model_holdout", lambda: ampl.holdout_loss(agent, inputs, targets, weight, held), 1, options, rate)
+    holdout = functools.partial(ampl.holdout_loss, agent, inputs, targets, weight, held)
+    measure("model_holdout", holdout, 1, options, rate)
 
     initial_obs = torch.randn(args.num_initial_states, obs_dim, device=device)
     sizes = (rows, rows, len(initial_obs))
@@ -187,35 +191,24 @@ def measure_ampl(ampl, options: Options, rate: float) -> None:
         for _ in range(args.miw_refresh // 10):
             miw_step()
 
-    measure_block("miw_step", window, args.miw_refresh // 10, options, rate)
-
-
-def measure_block(name: str, block: Callable[[], None], steps: int, options: Options, rate: float) -> None:
-    """Like `measure`, per step of a block of `steps`."""
-    with FlopCounterMode(display=False) as counter:
-        block()
-    times = []
-    for _ in range(options.blocks):
-        start = synchronised(options.device)
-        block()
-        times.append((synchronised(options.device) - start) / steps * 1e3)
-    floor = counter.get_total_flops() / steps / rate / 1e6 if options.device == "cpu" else None
-    report(name, times, floor, rate)
+    measure("miw_step", window, args.miw_refresh // 10, options, rate)
 
 
 def main() -> None:
     options = tyro.cli(Options)
     torch.set_num_threads(options.threads)
     script = load_script(options.script)
-    print(json.dumps({"cpu_matmul": script.choose_cpu_matmul(script.Args()), **dataclasses.asdict(options)}))
+    print(
+        json.dumps(
+            {"cpu_matmul": script.choose_cpu_matmul(script.Args()), **dataclasses.asdict(options)}
+        )
+    )
     rate = gemm_rate(options.device)
     measure_ampl(script, options, rate)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"phase": "peak_memory", "gib": round(peak, 2)}))
     with tempfile.TemporaryDirectory() as folder:
         measure_loading(script, options, rate, Path(folder))
-    if options.device == "cpu":
-        import resource
-
-        print(json.dumps({"phase": "peak_memory_gib", "gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}))
 
 
 if __name__ == "__main__":

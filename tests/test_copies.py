@@ -47,7 +47,9 @@ def test_every_equation_of_the_method_has_a_line():
 COMMANDS = re.findall(r"(?:python|uv run) (\w+\.py) ([^\n`#&|]*)", README)
 
 
-@pytest.mark.parametrize("flags", sorted({f for s, f in COMMANDS if s == "ampl.py" and "<" not in f}))
+@pytest.mark.parametrize(
+    "flags", sorted({f for s, f in COMMANDS if s == "ampl.py" and "<" not in f})
+)
 def test_readme_commands_parse(flags):
     argv = shlex.split(flags)
     if "--help" not in argv:

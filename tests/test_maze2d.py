@@ -226,7 +226,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.flush()
         raise OSError("no space")
 
-    with pytest.raises(OSError):
+    with pytest.raises(collect.UserError, match="no space"):
         collect.write_atomically(path, write)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
