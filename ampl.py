@@ -1157,14 +1157,14 @@ class UserError(Exception):
 class Dataset(NamedTuple):
     """N transitions on the CPU, S observation and A action entries; no rows at time limits."""
 
-    obs: torch.Tensor  # [N, S] float32
-    action: torch.Tensor  # [N, A] float32 in [-1, 1], whatever the environment's own bounds
-    reward: torch.Tensor  # [N] float32, as stored
-    next_obs: torch.Tensor  # [N, S] float32; repeats obs where has_next is False
-    terminated: torch.Tensor  # [N] bool
-    next_row: torch.Tensor  # [N] int64, the row that holds (s', a'); -1 where this table has none
-    has_next: torch.Tensor  # [N] bool; False: s' was not stored, so the world model skips the row
-    episode_start_obs: torch.Tensor  # [episodes, S] float32, a cut last episode included
+    obs: Tensor  # [N, S] float32
+    action: Tensor  # [N, A] float32 in [-1, 1], whatever the environment's own bounds
+    reward: Tensor  # [N] float32, as stored
+    next_obs: Tensor  # [N, S] float32; repeats obs where has_next is False
+    terminated: Tensor  # [N] bool
+    next_row: Tensor  # [N] int64, the row that holds (s', a'); -1 where this table has none
+    has_next: Tensor  # [N] bool; False: s' was not stored, so the world model skips the row
+    episode_start_obs: Tensor  # [episodes, S] float32, a cut last episode included
     episodes: dict  # complete episodes: count, mean and std of their undiscounted return
     source: str  # path of the file
     sha256: str  # of the file, hex
@@ -1172,7 +1172,7 @@ class Dataset(NamedTuple):
 
 
 @functools.lru_cache
-def d4rl_tables():
+def d4rl_tables() -> dict[str, dict]:
     """DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE of the installed d4rl. UserError without d4rl."""
     spec = importlib.util.find_spec("d4rl")
     if spec is None:
@@ -1181,8 +1181,8 @@ def d4rl_tables():
     return runpy.run_path(os.path.join(spec.submodule_search_locations[0], "infos.py"))
 
 
-def find_dataset(env_id, dataset_path=None):
-    """`dataset_path`, else D4RL's cache, else a download into it -> Path. UserError: no file."""
+def find_dataset(env_id: str, dataset_path: str | None = None) -> Path:
+    """`dataset_path`, else D4RL's cache, else a download into it. UserError: no file."""
     if dataset_path is not None:
         if not os.path.isfile(dataset_path):
             raise UserError(f"--dataset-path {dataset_path}: there is no such file")
@@ -1197,7 +1197,7 @@ def find_dataset(env_id, dataset_path=None):
     return path
 
 
-def download(url, path, env_id):
+def download(url: str, path: Path, env_id: str) -> None:
     """Fetch `url` to `path`, which appears only when whole. UserError names the ways out."""
     part, reasons = path.with_name(path.name + ".part"), []
     for address in dict.fromkeys((url.replace("http:", "https:", 1), url)):
@@ -1217,7 +1217,7 @@ def download(url, path, env_id):
     )
 
 
-def fetch(url, part):
+def fetch(url: str, part: Path) -> None:
     """Complete the file `part` from `url`, resuming where an earlier try stopped. OSError: cut."""
     # Why no lock and no truncation at the start: processes that fetch the same file at once write
     # the same bytes to the same places, so none can spoil another's work.
@@ -1251,7 +1251,7 @@ def fetch(url, part):
         raise OSError("what the server sent is not a whole HDF5 file") from None
 
 
-def read_hdf5(path):
+def read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
     """D4RL's arrays by key, float32 [rows, ...] and flags bool [rows], and a list of notes.
 
     UserError: truncated, not HDF5, not D4RL's layout, lengths that differ, no rows.
@@ -1282,7 +1282,7 @@ def read_hdf5(path):
     return data, [] if origin is None else [f"recollected: {origin}"]
 
 
-def check_arrays(path, data, env):
+def check_arrays(path: Path, data: dict[str, np.ndarray], env: gymnasium.Env) -> list[str]:
     """Widths, finite numbers, actions within the space; clips and scales data["actions"] in place.
 
     Returns notes. UserError names the key and the first bad row.
@@ -1315,7 +1315,7 @@ def check_arrays(path, data, env):
     return [f"{count} action entries beyond the bounds by <= 1e-3 were clipped"] if count else []
 
 
-def episode_flags(path, data, limit):
+def episode_flags(path: Path, data: dict, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """(terminated, timeout), bool [rows]; without timeouts in the file, `limit` steps are one."""
     size = len(data["rewards"])
     terminated = data.get("terminals", np.zeros(size, bool))
@@ -1333,7 +1333,7 @@ def episode_flags(path, data, limit):
     return terminated, timeout
 
 
-def pair(data, terminated, timeout):
+def pair(data: dict, terminated: np.ndarray, timeout: np.ndarray) -> dict[str, np.ndarray]:
     """Which rows stay, and what follows each: the Dataset fields that are arrays, by name."""
     obs, stored, size = data["observations"], data.get("next_observations"), len(terminated)
     ended = terminated | timeout
@@ -1358,8 +1358,8 @@ def pair(data, terminated, timeout):
     )
 
 
-def load_dataset(env_id, dataset_path, env):
-    """Find, read, check, pair -> Dataset. UserError: everything that can be wrong with it."""
+def load_dataset(env_id: str, dataset_path: str | None, env: gymnasium.Env) -> Dataset:
+    """Find, read, check, pair. UserError: everything that can be wrong with the file."""
     path = find_dataset(env_id, dataset_path)
     data, notes = read_hdf5(path)
     notes += check_arrays(path, data, env)
@@ -1382,12 +1382,12 @@ def load_dataset(env_id, dataset_path, env):
     )
 
 
-def has_reference(env_id):
+def has_reference(env_id: str) -> bool:
     """Whether D4RL has reference scores for `env_id`."""
     return env_id in d4rl_tables()["REF_MIN_SCORE"]
 
 
-def d4rl_score(env_id, returns):
+def d4rl_score(env_id: str, returns: np.ndarray) -> np.ndarray:
     """100 * (return - min) / (max - min) per episode, D4RL's references; raw returns without."""
     returns = np.asarray(returns, np.float64)
     if not has_reference(env_id):
@@ -1414,7 +1414,7 @@ MAZE_LIMITS = {"open": 150, "umaze": 300, "medium": 600, "large": 800}
 class D4RLSemantics(gymnasium.Wrapper):
     """Ends and rewards a step as D4RL's environments do and gymnasium's successors do not."""
 
-    def __init__(self, env, pen, reach):
+    def __init__(self, env: gymnasium.Env, pen: bool, reach: Callable | None):
         super().__init__(env)
         self.pen, self.reach = pen, reach
 
@@ -1428,7 +1428,7 @@ class D4RLSemantics(gymnasium.Wrapper):
         return obs, float(reward), terminated and not truncated, truncated, info
 
 
-def quiet_make(name, limit, render_mode):
+def quiet_make(name: str, limit: int | None, render_mode: str | None) -> gymnasium.Env:
     """gymnasium.make without what third parties say at every start and no user can change."""
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")  # gymnasium: "-v4 is out of date". It is D4RL's physics
@@ -1445,7 +1445,7 @@ def quiet_make(name, limit, render_mode):
             mujoco.set_mju_user_warning(None)
 
 
-def make_env(env_id, render_mode=None):
+def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
     """A D4RL id with D4RL's semantics, else any registered environment. UserError: neither."""
     urls = d4rl_tables()["DATASET_URLS"]
     family, *words = env_id.split("-")
@@ -1474,13 +1474,15 @@ def make_env(env_id, render_mode=None):
 
 
 @functools.lru_cache(maxsize=4)
-def env_slots(env_id, count):
+def env_slots(env_id: str, count: int) -> list[gymnasium.Env]:
     """`count` environments, made once: an Adroit one takes 0.1 s to build."""
     return [make_env(env_id) for _ in range(count)]
 
 
-def run_episodes(env_id, act, episodes, seed):
-    """One episode per slot, all in lockstep -> (returns float64, lengths int64), [episodes] each.
+def run_episodes(
+    env_id: str, act: Callable[[np.ndarray], np.ndarray], episodes: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """One episode per slot, all in lockstep. -> returns float64, lengths int64, [episodes] each
 
     act: observations [episodes, S] float32 -> actions [episodes, A] in [-1, 1]. The batch keeps its
     size (a finished slot repeats its last observation) so that no slot's result depends on others.
@@ -1502,7 +1504,7 @@ def run_episodes(env_id, act, episodes, seed):
     return returns, lengths
 
 
-def initial_observations(env_id, count, seed):
+def initial_observations(env_id: str, count: int, seed: int) -> np.ndarray:
     """Observations after `count` resets, float32 [count, S]; 1e5 take 2 s (hopper), 9 s (door)."""
     env = env_slots(env_id, 1)[0]
     seeds = [seed] + [None] * (count - 1)
@@ -1525,13 +1527,13 @@ MAZES = {
 }
 
 
-def maze_cells(maze, kinds):
+def maze_cells(maze: str, kinds: str) -> list[tuple[int, int]]:
     """The (i, j) of every cell of `maze` whose letter is in `kinds`, row by row."""
     rows = MAZES[maze].split("/")
     return [(i, j) for i, row in enumerate(rows) for j, kind in enumerate(row) if kind in kinds]
 
 
-def maze_xml(maze):
+def maze_xml(maze: str) -> str:
     """The MJCF of one maze, constants from d4rl's maze_model.py; colours and camera are ours.
 
     The ball's joints are zero at world (1.2, 1.2) and wall (i, j) is centred on (i + 1, j + 1).
@@ -1584,7 +1586,9 @@ class Maze2dEnv(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
 
-    def __init__(self, maze="umaze", reward_type="sparse", render_mode=None):
+    def __init__(
+        self, maze: str = "umaze", reward_type: str = "sparse", render_mode: str | None = None
+    ):
         if maze not in MAZES or reward_type not in ("sparse", "dense"):
             raise ValueError(f"no maze {maze!r} with {reward_type!r} reward; mazes: {list(MAZES)}")
         self.maze, self.reward_type, self.render_mode = maze, reward_type, render_mode
@@ -1614,7 +1618,7 @@ class Maze2dEnv(gymnasium.Env):
         obs = np.concatenate([self.data.qpos, self.data.qvel])
         return obs, float(self.reward(obs)), False, False, {}
 
-    def reward(self, obs):
+    def reward(self, obs: np.ndarray) -> np.ndarray:
         """Observations [..., 4] -> rewards [...], for steps of the environment and dataset rows."""
         distance = np.linalg.norm(obs[..., :2] - self.goal, axis=-1)
         return np.exp(-distance) if self.reward_type == "dense" else 1.0 * (distance <= 0.5)

@@ -120,13 +120,13 @@ MAZES = {
 }
 
 
-def maze_cells(maze, kinds):
+def maze_cells(maze: str, kinds: str) -> list[tuple[int, int]]:
     """The (i, j) of every cell of `maze` whose letter is in `kinds`, row by row."""
     rows = MAZES[maze].split("/")
     return [(i, j) for i, row in enumerate(rows) for j, kind in enumerate(row) if kind in kinds]
 
 
-def maze_xml(maze):
+def maze_xml(maze: str) -> str:
     """The MJCF of one maze, constants from d4rl's maze_model.py; colours and camera are ours.
 
     The ball's joints are zero at world (1.2, 1.2) and wall (i, j) is centred on (i + 1, j + 1).
@@ -179,7 +179,9 @@ class Maze2dEnv(gymnasium.Env):
 
     metadata = {"render_modes": ["rgb_array"], "render_fps": 100}
 
-    def __init__(self, maze="umaze", reward_type="sparse", render_mode=None):
+    def __init__(
+        self, maze: str = "umaze", reward_type: str = "sparse", render_mode: str | None = None
+    ):
         if maze not in MAZES or reward_type not in ("sparse", "dense"):
             raise ValueError(f"no maze {maze!r} with {reward_type!r} reward; mazes: {list(MAZES)}")
         self.maze, self.reward_type, self.render_mode = maze, reward_type, render_mode
@@ -209,7 +211,7 @@ class Maze2dEnv(gymnasium.Env):
         obs = np.concatenate([self.data.qpos, self.data.qvel])
         return obs, float(self.reward(obs)), False, False, {}
 
-    def reward(self, obs):
+    def reward(self, obs: np.ndarray) -> np.ndarray:
         """Observations [..., 4] -> rewards [...], for steps of the environment and dataset rows."""
         distance = np.linalg.norm(obs[..., :2] - self.goal, axis=-1)
         return np.exp(-distance) if self.reward_type == "dense" else 1.0 * (distance <= 0.5)
