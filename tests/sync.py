@@ -16,7 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "ampl.py"
-# What the methods define each in their own way.
+# What each method defines in its own way.
 EXEMPT = {
     "Args", "PAPER", "parse_args", "check_args", "train", "main",
     "DynamicsEnsemble", "fit_model", "imagine",
