@@ -289,7 +289,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(
         Args,
         args=argv,
-        description=__doc__,
+        description=__doc__.split("\n\nAlgorithm 1")[0],
         default=Args(env_id=first.env_id, **PAPER.get(first.env_id, {})),
     )
 
@@ -2286,9 +2286,13 @@ def load_model(agent: Agent, dataset: Dataset, args: Args) -> None:
         saved = torch.load(path, weights_only=True, map_location=agent.device)
         if saved["dataset_sha256"] != dataset.sha256:
             raise UserError(f"--dynamics-from {path}: that model was fitted to another dataset")
-        agent.model.load_state_dict(saved["model"])
+        # A run of more learners gives its first ones.
+        count, own, moments = args.num_seeds, agent.model.state_dict(), saved["optimizer"]["state"]
+        agent.model.load_state_dict({k: v[: len(own[k])] for k, v in saved["model"].items()})
+        for state in moments.values():
+            state |= {k: t[:count] for k, t in state.items() if t.dim()}
         load_optimizer(agent.optimizers["model"], saved["optimizer"])
-        choose_elites(agent, saved["holdout_loss"], args)
+        choose_elites(agent, saved["holdout_loss"][:count], args)
 
 
 def announce(dataset: Dataset, args: Args, device: torch.device, matmul: str) -> None:

@@ -749,6 +749,19 @@ def test_dynamics_from(tiny, tmp_path, monkeypatch):
     assert final_scores(second) == final_scores(first)
 
 
+def test_dynamics_from_a_run_of_more_learners(tiny):
+    """One learner takes the first of two, weights and moments."""
+    two = tiny(num_seeds=2, total_iterations=1, warmup_iterations=1)
+    one = tiny(total_iterations=1, warmup_iterations=1, dynamics_from=str(two))
+    first, alone = checkpoint(two), checkpoint(one)
+    for name, tensor in alone["agent"].items():
+        if name.startswith(("model.trunk", "model.heads", "elites.trunk", "elites.heads")):
+            assert torch.equal(tensor, first["agent"][name][:1]), name
+    moments = zip(*(c["optimizers"]["model"]["state"].values() for c in (alone, first)), strict=True)
+    for mine, theirs in moments:
+        assert torch.equal(mine["exp_avg"], theirs["exp_avg"][:1]) and mine["exp_avg"].any()
+
+
 def only_refits(capture):
     """There must be no model step before the first iteration."""
 
@@ -772,7 +785,7 @@ def test_dynamics_from_a_wrong_place(tiny, finished, tmp_path, dataset):
     for changes, words in [
         (dict(dataset_path=str(other)), "another dataset"),
         (dict(model_hidden=17), "does not fit"),
-        (dict(num_seeds=1), "does not fit"),
+        (dict(num_seeds=3), "does not fit"),
         (dict(ensemble_size=4), "does not fit"),
         (dict(dynamics_from=str(tmp_path)), "does not exist"),
         (dict(dynamics_from=str(damaged)), "damaged"),
