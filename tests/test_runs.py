@@ -757,8 +757,8 @@ def test_dynamics_from_a_run_of_more_learners(tiny):
     for name, tensor in alone["agent"].items():
         if name.startswith(("model.trunk", "model.heads", "elites.trunk", "elites.heads")):
             assert torch.equal(tensor, first["agent"][name][:1]), name
-    moments = zip(*(c["optimizers"]["model"]["state"].values() for c in (alone, first)), strict=True)
-    for mine, theirs in moments:
+    moments = [c["optimizers"]["model"]["state"].values() for c in (alone, first)]
+    for mine, theirs in zip(*moments, strict=True):
         assert torch.equal(mine["exp_avg"], theirs["exp_avg"][:1]) and mine["exp_avg"].any()
 
 
