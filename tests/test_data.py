@@ -289,7 +289,7 @@ def test_scores():
         ("hopper-medum-v2", "hopper-medium-v2"),
         ("Hoper-v4", "Hopper-v4"),
         ("xyzzy", "cannot be made"),
-        ("Hopper-v3", "mujoco_py"),
+        ("Hopper-v3", "mujoco"),
         ("antmaze-umaze-v0", "antmaze tasks have no simulator"),
         ("ant-medium-v2", "ant tasks have no simulator"),
         ("kitchen-mixed-v0", "kitchen tasks have no simulator"),
