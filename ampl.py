@@ -99,7 +99,8 @@ class Args:
     run_dir: str = "runs"
     """folder that receives the run's own folder"""
     resume: str | None = None
-    """continue this run folder where its checkpoint stands; all other flags come from the run"""
+    """continue this run folder where its checkpoint stands, with its flags; only a larger
+    --total-iterations is taken"""
     evaluate: str | None = None
     """only score the policy saved in this run folder, over --final-episodes episodes"""
     dynamics_from: str | None = None
@@ -289,7 +290,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     return tyro.cli(
         Args,
         args=argv,
-        description=__doc__.split("\n\nAlgorithm 1")[0],
+        description="\n\n".join(__doc__.split("\n\n")[:2]),
         default=Args(env_id=first.env_id, **PAPER.get(first.env_id, {})),
     )
 
@@ -300,20 +301,7 @@ def check_args(args: Args) -> None:
     may_be_zero |= {"gan_beta1", "q_min_weight", "q_coef", "noise_std", "label_smoothing"}
     at_most_one = {"gamma", "gan_beta1", "q_min_weight", "label_smoothing", "tau", "miw_tau"}
     at_most_one |= {"real_fraction"}
-    for name, value in vars(args).items():
-        if isinstance(value, bool | str | None) or name == "seed":
-            continue
-        flag = "--" + name.replace("_", "-")
-        least = "at least 0" if name in may_be_zero else "at least 1"
-        if isinstance(value, float | tuple) and name not in may_be_zero:
-            least = "positive"
-        for number in value if isinstance(value, tuple) else (value,):
-            if not math.isfinite(number):
-                raise UserError(f"{flag} is {number}; it must be finite")
-            if number < 0 or (number == 0 and least != "at least 0"):
-                raise UserError(f"{flag} is {number}; it must be {least}")
-            if number > 1 and name in at_most_one:
-                raise UserError(f"{flag} is {number}; it must be at most 1")
+    check_numbers(args, may_be_zero, at_most_one)
     clashes = {
         "--resume continues a run and --evaluate scores one: give one of them": (
             args.resume is not None and args.evaluate is not None
@@ -331,9 +319,7 @@ def check_args(args: Args) -> None:
             args.track and importlib.util.find_spec("wandb") is None
         ),
     }
-    for sentence, clash in clashes.items():
-        if clash:
-            raise UserError(sentence)
+    refuse_clashes(clashes)
 
 
 # ==================================================================================================
@@ -454,7 +440,7 @@ class DynamicsEnsemble(nn.Module):
     def __init__(self, learners: int, members: int, obs_dim: int, action_dim: int, width: int):
         super().__init__()
         sizes = [obs_dim + action_dim] + 4 * [width]
-        lead = (learners, members)
+        self.lead = lead = (learners, members)
         self.trunk = nn.ModuleList(Linear(lead, i, o) for i, o in itertools.pairwise(sizes))
         self.heads = Linear(lead, width, 2 * (1 + obs_dim))  # mean and log_std side by side
         for layer in [*self.trunk, self.heads]:
@@ -473,11 +459,14 @@ class DynamicsEnsemble(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape, x = x.shape[:-1], x.flatten(0, -3)
         for layer in self.trunk:
-            x = F.silu(layer(x))
+            x = F.silu(layer(x), inplace=not torch.is_grad_enabled())  # backward needs layer(x)
         mean, log_std = self.heads(x).view(*shape, -1).chunk(2, -1)
         log_std = self.max_log_std - F.softplus(self.max_log_std - log_std)
         log_std = self.min_log_std + F.softplus(log_std - self.min_log_std)
         return mean, log_std
+
+    def bounds(self) -> list[nn.Parameter]:
+        return [self.max_log_std, self.min_log_std]
 
     def member_parameters(self) -> list[nn.Parameter]:
         """All parameters with a member axis, [L, M, ...]: everything but the two bounds."""
@@ -498,7 +487,7 @@ class DynamicsEnsemble(nn.Module):
         Rows of a batch are random anyway, so row i goes to member (i - offset) mod M with a random
         offset: each member gets an equal share, and no row is evaluated by all M.
         """
-        learners, members, rows = obs.shape[0], self.heads.weight.shape[1], obs.shape[1]
+        (learners, members), rows = self.lead, obs.shape[1]
         padded = math.ceil(rows / members) * members
         x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std
         offset = torch.randint(members, (), device=obs.device)  # a tensor: no wait for the GPU
@@ -642,10 +631,13 @@ def known_termination(env_id: str) -> tuple[Callable[[Tensor], Tensor], bool]:
     def walker2d(s: Tensor) -> Tensor:
         return ~((s[..., 0] > 0.8) & (s[..., 0] < 2.0) & (s[..., 1].abs() < 1.0))
 
+    def ant(s: Tensor) -> Tensor:  # heights in m, from gymnasium's Ant
+        return ~(s.isfinite().all(-1) & (s[..., 0] >= 0.2) & (s[..., 0] <= 1.0))
+
     def pen(s: Tensor) -> Tensor:
         return s[..., 26] < 0.075  # height of the pen
 
-    rules = {"hopper": hopper, "walker2d": walker2d, "pen": pen}
+    rules = {"hopper": hopper, "walker2d": walker2d, "ant": ant, "pen": pen}
     rules |= dict.fromkeys(("halfcheetah", "maze2d", "door"), never)
     family = env_id.split("-")[0].lower()
     return rules.get(family, never), family in rules
@@ -661,55 +653,42 @@ class Batch(NamedTuple):
     terminated: Tensor
 
 
-class Agent(nn.Module):
-    """All learners' networks, buffer and optimizers; its state is the whole training state."""
+class Learners(nn.Module):
+    """Buffer, networks and optimizers of all learners; its state is the whole training state.
 
-    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+    A method adds its networks and `optimizers`, one for each network it trains, by name.
+    """
+
+    def __init__(
+        self, args: Args, obs_dim: int, action_dim: int, capacity: int, device: torch.device
+    ):
         super().__init__()
         self.device, self.learners = device, args.num_seeds
         self.columns = [obs_dim, action_dim, 1, obs_dim, 1]  # of a row: the fields of Batch
-
-        def build(name: str, network: Callable[..., nn.Module], *sizes) -> nn.Module:
-            seed_phase(args.seed, name)
-            return network(args.num_seeds, *sizes)
-
-        self.actor = build("actor", ImplicitPolicy, obs_dim, action_dim, args)
-        self.critic = build("critic", TwinCritic, obs_dim, action_dim, args)
-        self.discriminator = build("discriminator", Discriminator, obs_dim, action_dim, args)
-        self.omega = build("omega", ImportanceWeight, obs_dim, action_dim, args)
-        sizes = (obs_dim, action_dim, args.model_hidden)
-        self.model = build("model", DynamicsEnsemble, args.ensemble_size, *sizes)
-        self.elites = build("elites", DynamicsEnsemble, args.num_elites, *sizes)
-        self.actor_target, self.critic_target = map(copy.deepcopy, (self.actor, self.critic))
-        # The slow copies in the training of omega.
-        self.omega_slow, self.critic_slow = map(copy.deepcopy, (self.omega, self.critic))
-        self.elites.requires_grad_(False)  # a copy of the best members, made after each fit
-        self.register_buffer("q_avg", torch.full((args.num_seeds,), -1.0))  # -1: no batch seen yet
-        self.register_buffer(
-            "buffer", torch.zeros(args.num_seeds, args.buffer_size, sum(self.columns))
-        )
+        rows = torch.zeros(args.num_seeds, capacity, sum(self.columns))
+        self.register_buffer("buffer", rows)  # [L, capacity, C] of model data
         self.register_buffer("buffer_end", torch.zeros((), dtype=torch.long))  # next row to write
         self.register_buffer("buffer_rows", torch.zeros((), dtype=torch.long))  # rows filled
-        self.register_buffer("real_rows", torch.full((), args.batch_size))  # of a mixed batch
-        self.to(device)
-        self.optimizers = self.make_optimizers(args)
+        real_rows = torch.full((args.num_seeds, 1), args.batch_size)  # of a mixed batch
+        self.register_buffer("real_rows", real_rows)
+        sizes = (obs_dim, action_dim, args.model_hidden)
+        self.model = self.build(args, "model", DynamicsEnsemble, args.ensemble_size, *sizes)
+        self.elites = self.build(args, "elites", DynamicsEnsemble, args.num_elites, *sizes)
+        self.elites.requires_grad_(False)  # a copy of the best members, made after each fit
 
-    def make_optimizers(self, args: Args) -> dict[str, torch.optim.Adam]:
-        gan = dict(betas=(args.gan_beta1, 0.999))
-        decay = args.model_weight_decay
+    def build(self, args: Args, name: str, network: Callable[..., nn.Module], *sizes) -> nn.Module:
+        """A network whose first weights depend on the seed and its name alone."""
+        seed_phase(args.seed, name)
+        return network(args.num_seeds, *sizes)
+
+    def model_optimizer(self, args: Args, decay_biases: bool) -> torch.optim.Adam:
+        groups, rest = [], list(self.model.bounds())
         layers = [*self.model.trunk, self.model.heads]
-        groups = [
-            dict(params=list(layer.parameters()), weight_decay=w)
-            for layer, w in zip(layers, decay, strict=True)
-        ]
-        bounds = dict(params=[self.model.max_log_std, self.model.min_log_std], weight_decay=0.0)
-        return {
-            "actor": adam(self.actor.parameters(), args.actor_lr, **gan),
-            "discriminator": adam(self.discriminator.parameters(), args.discriminator_lr, **gan),
-            "critic": adam(self.critic.parameters(), args.critic_lr),
-            "omega": adam(self.omega.parameters(), args.miw_lr),
-            "model": adam([*groups, bounds], args.model_lr),
-        }
+        for layer, decay in zip(layers, args.model_weight_decay, strict=True):
+            decayed = list(layer.parameters()) if decay_biases else [layer.weight]
+            rest += [] if decay_biases else [layer.bias]
+            groups.append(dict(params=decayed, weight_decay=decay))
+        return adam([*groups, dict(params=rest, weight_decay=0.0)], args.model_lr)
 
     def split(self, rows: Tensor) -> Batch:
         obs, action, reward, next_obs, terminated = rows.split(self.columns, -1)
@@ -729,7 +708,7 @@ class Agent(nn.Module):
         return data[torch.randint(len(data), (self.learners, count), device=self.device)]
 
     def sample(self, data: Tensor, count: int) -> Batch:
-        """A mixed batch: the first `real_rows` rows from data [N, C], the rest from the buffer.
+        """A mixed batch: the first real_rows rows from data [N, C], the rest from the buffer.
 
         Both kinds are drawn in full and one is kept per row: fixed shapes, and a count that is a
         tensor, so that the iteration can be a CUDA graph while the mix changes.
@@ -744,13 +723,38 @@ class Agent(nn.Module):
         )
 
 
+class AMPL(Learners):
+    """The networks of AMPL: policy, critics, discriminator, omega, and their slow copies."""
+
+    def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
+        super().__init__(args, obs_dim, action_dim, args.buffer_size, device)
+        sizes = (obs_dim, action_dim, args)
+        self.actor = self.build(args, "actor", ImplicitPolicy, *sizes)
+        self.critic = self.build(args, "critic", TwinCritic, *sizes)
+        self.discriminator = self.build(args, "discriminator", Discriminator, *sizes)
+        self.omega = self.build(args, "omega", ImportanceWeight, *sizes)
+        self.actor_target, self.critic_target = map(copy.deepcopy, (self.actor, self.critic))
+        # The slow copies in the training of omega.
+        self.omega_slow, self.critic_slow = map(copy.deepcopy, (self.omega, self.critic))
+        self.register_buffer("q_avg", torch.full((args.num_seeds,), -1.0))  # -1: no batch seen yet
+        self.to(device)
+        gan = dict(betas=(args.gan_beta1, 0.999))
+        self.optimizers = {
+            "actor": adam(self.actor.parameters(), args.actor_lr, **gan),
+            "discriminator": adam(self.discriminator.parameters(), args.discriminator_lr, **gan),
+            "critic": adam(self.critic.parameters(), args.critic_lr),
+            "omega": adam(self.omega.parameters(), args.miw_lr),
+            "model": self.model_optimizer(args, decay_biases=True),
+        }
+
+
 def descend(
-    agent: Agent, name: str, loss: Tensor, max_norm: float = math.inf, retain_graph: bool = False
+    agent: Learners, name: str, loss: Tensor, max_norm: float = math.inf, retain_graph: bool = False
 ) -> None:
     """One optimizer step of a network along the gradient of its loss [L], clipped per learner.
 
     autograd.grad computes the gradients of these parameters only: in the policy's step none of the
-    critic's or discriminator's weights, which the loss passes through.
+    weights of other networks, which the loss passes through.
     """
     parameters = list(getattr(agent, name).parameters())
     grads = torch.autograd.grad(loss.sum(), parameters, retain_graph=retain_graph)
@@ -759,7 +763,7 @@ def descend(
     apply_gradients(agent.optimizers[name], parameters, grads)
 
 
-def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
+def update_critic(agent: AMPL, batch: Batch, args: Args) -> dict[str, Tensor]:
     """One step of both critics. -> logs [L]"""
     with torch.no_grad():
         next_action = torch.tanh(agent.actor_target(batch.next_obs))
@@ -773,7 +777,7 @@ def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
     return {"losses/critic_loss": loss.detach(), "losses/q_values": q.detach().mean((1, 2))}
 
 
-def fake_pairs(agent: Agent, obs: Tensor, rule: TerminationRule) -> tuple[Tensor, Tensor, Tensor]:
+def fake_pairs(agent: AMPL, obs: Tensor, rule: TerminationRule) -> tuple[Tensor, Tensor, Tensor]:
     """The policy's pairs at s and at the model's s': obs, raw action, keep [L, 2B, ...]. Eq. (14)
 
     The gradient reaches the policy through both raw actions; s' is a constant.
@@ -787,14 +791,14 @@ def fake_pairs(agent: Agent, obs: Tensor, rule: TerminationRule) -> tuple[Tensor
     return torch.cat([obs, next_obs], 1), torch.cat([raw, next_raw], 1), keep  # Eq. (14)
 
 
-def true_pairs(agent: Agent, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def true_pairs(agent: AMPL, data: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Stored pairs with raw action: obs [L, count, S], atanh(action) [L, count, A]."""
     batch = agent.split(agent.sample_data(data, count))
     return batch.obs, torch.atanh(batch.action.clamp(-1 + 1e-7, 1 - 1e-7))
 
 
 def update_gan(
-    agent: Agent, batch: Batch, data: Tensor, rule: TerminationRule, args: Args,
+    agent: AMPL, batch: Batch, data: Tensor, rule: TerminationRule, args: Args,
     warmup: bool, step_actor: bool,
 ) -> dict[str, Tensor]:  # fmt: skip
     """One step of the discriminator and, if `step_actor`, of the policy. -> logs [L]"""
@@ -828,7 +832,7 @@ def update_gan(
 
 
 def iterate(
-    agent: Agent, data: Tensor, rule: TerminationRule, args: Args, warmup: bool, step_actor: bool
+    agent: AMPL, data: Tensor, rule: TerminationRule, args: Args, warmup: bool, step_actor: bool
 ) -> dict[str, Tensor]:
     """One iteration: critics, policy, discriminator, targets. -> logs [L]
 
@@ -855,7 +859,7 @@ def scheduled_real_rows(iteration: int, args: Args) -> int:
 
 
 @torch.no_grad()
-def imagine(agent: Agent, data: Tensor, rule: TerminationRule, args: Args) -> dict[str, Tensor]:
+def imagine(agent: AMPL, data: Tensor, rule: TerminationRule, args: Args) -> dict[str, Tensor]:
     """Roll the policy out in the model and write slots x horizon transitions to the buffer.
 
     A rollout starts at a stored state and ends at its first terminated step, which is kept.
@@ -883,7 +887,7 @@ def imagine(agent: Agent, data: Tensor, rule: TerminationRule, args: Args) -> di
     return {"rollout/terminated_frac": ends}
 
 
-def training_pairs(agent: Agent, dataset: "Dataset", data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def training_pairs(agent: AMPL, dataset: "Dataset", data: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The model's rows, normalised: inputs [n, S + A], targets [n, 1 + S]; their numbers [n].
 
     Terminals whose next observation was not stored stay out.
@@ -899,7 +903,7 @@ def training_pairs(agent: Agent, dataset: "Dataset", data: Tensor) -> tuple[Tens
 
 
 def model_step(
-    agent: Agent, inputs: Tensor, targets: Tensor, weight: Tensor, train_rows: Tensor, args: Args
+    agent: AMPL, inputs: Tensor, targets: Tensor, weight: Tensor, train_rows: Tensor, args: Args
 ) -> dict[str, Tensor]:
     """One Adam step of all members on rows of their own, drawn with replacement. -> logs [L]"""
     shape = (agent.learners, args.ensemble_size * args.model_batch_size)
@@ -917,37 +921,37 @@ def model_step(
 
 @torch.no_grad()
 def holdout_loss(
-    agent: Agent, inputs: Tensor, targets: Tensor, weight: Tensor, rows: Tensor
+    agent: AMPL, inputs: Tensor, targets: Tensor, weight: Tensor, rows: Tensor
 ) -> Tensor:
     """The weighted loss of every member on rows [L, n]. -> [L, M]"""
     total, chunk = 0.0, 512 if agent.device.type == "cpu" else rows.shape[1]
     for part in rows.split(chunk, 1):  # chunks stay in a CPU's cache
         x, y = inputs[part].unsqueeze(1), targets[part].unsqueeze(1)  # [L, 1, chunk, ...]
-        mean, log_std = agent.model(x.expand(-1, agent.model.heads.weight.shape[1], -1, -1))
+        mean, log_std = agent.model(x.expand(-1, agent.model.lead[1], -1, -1))
         loss = model_loss(mean, log_std, y, weight.gather(1, part).unsqueeze(1))
         total = total + loss * part.shape[1]
     return total / rows.shape[1]
 
 
-def fit_state(agent: Agent, args: Args) -> dict:
+def fit_state(agent: Learners) -> dict:
     """What early stopping remembers, all of which goes into checkpoints.
 
     Learners train in one product but stop on their own: what a stopped one has is set aside
     ("frozen") and put back at the end; "idle" counts its epochs without a gain of any member.
     """
-    shape = (args.num_seeds, args.ensemble_size)
+    learners, members = agent.model.lead
     return {
         "epoch": 0,
-        "best": torch.full(shape, 1e32, device=agent.device),
+        "best": torch.full((learners, members), 1e32, device=agent.device),
         # epochs since a member's gain
-        "idle": torch.zeros(args.num_seeds, dtype=torch.long, device=agent.device),
-        "stopped": torch.zeros(args.num_seeds, dtype=torch.bool, device=agent.device),
+        "idle": torch.zeros(learners, dtype=torch.long, device=agent.device),
+        "stopped": torch.zeros(learners, dtype=torch.bool, device=agent.device),
         "best_members": [p.detach().clone() for p in agent.model.member_parameters()],
         "frozen": {},  # learner -> its weights and Adam moments
     }
 
 
-def model_tensors(agent: Agent) -> list[Tensor]:
+def model_tensors(agent: Learners) -> list[Tensor]:
     """The model's parameters and Adam moments, all [L, ...]."""
     parameters = list(agent.model.parameters())
     moments = [agent.optimizers["model"].state[p] for p in parameters]
@@ -957,7 +961,7 @@ def model_tensors(agent: Agent) -> list[Tensor]:
 
 
 @torch.no_grad()
-def judge_epoch(agent: Agent, fit: dict, loss: Tensor, args: Args) -> None:
+def judge_epoch(agent: Learners, fit: dict, loss: Tensor, args: Args) -> None:
     """Snapshot the members that gained over 1 %, stop the learners that were idle for too long."""
     gained = (fit["best"] - loss) / fit["best"].abs() > 0.01
     gained &= ~fit["stopped"].unsqueeze(-1)
@@ -973,15 +977,15 @@ def judge_epoch(agent: Agent, fit: dict, loss: Tensor, args: Args) -> None:
 
 
 @torch.no_grad()
-def restore_best(agent: Agent, fit: dict) -> None:
+def restore_best(agent: Learners, fit: dict) -> None:
     """Put learners back to their own stop and members to their best epoch."""
     for learner, saved in fit["frozen"].items():
         for tensor, value in zip(model_tensors(agent), saved, strict=True):
             tensor[learner].copy_(value)
-    # The bounds of log_std are not taken back, as in the authors' code.
+    # Why not the bounds of the spread: the code of AMPL and that of MOPO leave them, too.
     for now, best in zip(agent.model.member_parameters(), fit["best_members"], strict=True):
         now.copy_(best)
-    if agent.learners > 1:
+    if agent.model.lead[0] > 1:
         # Adam counts its steps for all learners together. A full count (bias correction over, as
         # it is to 2e-5 after the shortest fit) keeps a learner independent of the others' stops.
         for state in agent.optimizers["model"].state.values():
@@ -989,22 +993,24 @@ def restore_best(agent: Agent, fit: dict) -> None:
 
 
 @torch.no_grad()
-def choose_elites(agent: Agent, loss: Tensor, args: Args) -> None:
-    """Copy the members with the lowest hold-out loss [L, M] to agent.elites."""
+def choose_elites(agent: Learners, loss: Tensor, args: Args) -> None:
+    """Copy the members with the lowest hold-out loss [L, M] to agent.elites.
+
+    A model of one learner serves all.
+    """
     order = loss.argsort(-1)[:, : args.num_elites]  # [L, E]
-    learner = torch.arange(agent.learners, device=agent.device).unsqueeze(-1)
+    learner = torch.arange(len(loss), device=agent.device).unsqueeze(-1)
     for elite, member in zip(
         agent.elites.member_parameters(), agent.model.member_parameters(), strict=True
     ):
         elite.copy_(member[learner, order])
-    agent.elites.max_log_std.copy_(agent.model.max_log_std)
-    agent.elites.min_log_std.copy_(agent.model.min_log_std)
-    for elite, value in zip(agent.elites.buffers(), agent.model.buffers(), strict=True):
+    shared = [*agent.elites.bounds(), *agent.elites.buffers()]
+    for elite, value in zip(shared, [*agent.model.bounds(), *agent.model.buffers()], strict=True):
         elite.copy_(value)
 
 
 def fit_model(
-    agent: Agent, dataset: "Dataset", data: Tensor, weight: Tensor, args: Args, k: int, run: "Run"
+    agent: AMPL, dataset: "Dataset", data: Tensor, weight: Tensor, args: Args, k: int, run: "Run"
 ) -> Tensor:
     """Fit k of the model with weights [L, N]; fit 0 is unweighted. -> hold-out losses [L, M]
 
@@ -1018,7 +1024,7 @@ def fit_model(
     order = torch.stack([torch.randperm(len(rows)) for _ in range(agent.learners)]).to(agent.device)
     held = min(len(rows) - int(0.8 * len(rows)), args.holdout_size)
     holdout_rows, train_rows = order[:, :held].contiguous(), order[:, held:].contiguous()
-    fit = run.progress["fit"] = run.progress.get("fit") or fit_state(agent, args)
+    fit = run.progress["fit"] = run.progress.get("fit") or fit_state(agent)
     step = capture(
         lambda: model_step(agent, inputs, targets, weight, train_rows, args), agent, args
     )
@@ -1036,7 +1042,7 @@ def fit_model(
     return loss
 
 
-def q_of_policy(agent: Agent, obs: Tensor) -> Tensor:
+def q_of_policy(agent: AMPL, obs: Tensor) -> Tensor:
     """Q'_1(s, a) with a fresh action of the policy; [L, B, S] -> [L, B]."""
     return agent.critic_slow.first(obs, torch.tanh(agent.actor(obs)))
 
@@ -1050,7 +1056,7 @@ class QTables(NamedTuple):
 
 
 @torch.no_grad()
-def fill_tables(agent: Agent, tables: QTables, data: Tensor, initial_obs: Tensor) -> None:
+def fill_tables(agent: AMPL, tables: QTables, data: Tensor, initial_obs: Tensor) -> None:
     """Evaluate Q on all rows, with one fresh action each, into `tables` (in place)."""
     chunk = 1024 if agent.device.type == "cpu" else 65_536
     for first in range(0, len(data), chunk):
@@ -1064,7 +1070,7 @@ def fill_tables(agent: Agent, tables: QTables, data: Tensor, initial_obs: Tensor
 
 
 def miw_step(
-    agent: Agent, data: Tensor, initial_obs: Tensor, tables: QTables | None, args: Args
+    agent: AMPL, data: Tensor, initial_obs: Tensor, tables: QTables | None, args: Args
 ) -> dict[str, Tensor]:
     """One step of omega; Q comes from tables, or is evaluated here. -> logs [L]"""
     rows = torch.randint(len(data), (agent.learners, args.miw_batch_size), device=agent.device)
@@ -1099,7 +1105,7 @@ def miw_step(
 
 
 @torch.no_grad()
-def normalised_weight(agent: Agent, data: Tensor) -> Tensor:
+def normalised_weight(agent: AMPL, data: Tensor) -> Tensor:
     """omega over the data divided by its mean, [L, N]."""
     # Paper: omega. Code: omega / mean(omega). Here: code.
     parts = [agent.split(p.expand(agent.learners, -1, -1)) for p in data.split(4096)]
@@ -1108,7 +1114,7 @@ def normalised_weight(agent: Agent, data: Tensor) -> Tensor:
 
 
 def fit_weight(
-    agent: Agent, data: Tensor, initial_obs: Tensor, args: Args, k: int, run: "Run"
+    agent: AMPL, data: Tensor, initial_obs: Tensor, args: Args, k: int, run: "Run"
 ) -> Tensor:
     """Train omega before re-fit k, Eq. (11). -> weights of the data with mean one, [L, N]
 
@@ -1140,6 +1146,7 @@ def fit_weight(
     if "fit" not in run.progress:  # else this is a resumed re-fit, and they are logged already
         logs = {"weights/max": weight.amax(-1), "weights/effective_sample_share": effective}
         run.log(f"weights {k}", logs)
+        save_weight(run, weight)
     return weight
 
 
@@ -1152,6 +1159,33 @@ def fit_weight(
 
 class UserError(Exception):
     """A mistake the user can mend: main prints it as one sentence and exits with code 2."""
+
+
+def refuse_clashes(clashes: dict[str, bool]) -> None:
+    """Raises UserError with the first sentence that holds."""
+    for sentence, clash in clashes.items():
+        if clash:
+            raise UserError(sentence)
+
+
+def check_numbers(
+    args: Args, may_be_zero: set[str], at_most_one: set[str], any_sign: tuple[str, ...] = ("seed",)
+) -> None:
+    """Refuse numbers that no setting can have. Raises UserError."""
+    for name, value in vars(args).items():
+        if isinstance(value, bool | str | None):
+            continue
+        flag = "--" + name.replace("_", "-")
+        least = "at least 0" if name in may_be_zero else "at least 1"
+        if isinstance(value, float | tuple) and name not in may_be_zero:
+            least = "positive"
+        for number in value if isinstance(value, tuple) else (value,):
+            if not math.isfinite(number):
+                raise UserError(f"{flag} is {number}; it must be finite")
+            if name not in any_sign and (number < 0 or (number == 0 and least != "at least 0")):
+                raise UserError(f"{flag} is {number}; it must be {least}")
+            if number > 1 and name in at_most_one:
+                raise UserError(f"{flag} is {number}; it must be at most 1")
 
 
 class Dataset(NamedTuple):
@@ -1188,10 +1222,14 @@ def find_dataset(env_id: str, dataset_path: str | None = None) -> Path:
             raise UserError(f"--dataset-path {dataset_path}: there is no such file")
         return Path(dataset_path)
     url = d4rl_tables()["DATASET_URLS"].get(env_id)
-    if url is None:
-        raise UserError(f"{env_id} is not a D4RL dataset: name an HDF5 file with --dataset-path")
     cache = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"  # D4RL's own places and names
-    path = Path(cache).expanduser() / url.rsplit("/", 1)[1]
+    name = f"{env_id.replace('/', '-')}.hdf5" if url is None else url.rsplit("/", 1)[1]
+    path = Path(cache).expanduser() / name
+    if url is None and not path.is_file():
+        raise UserError(
+            f"{env_id} is not a D4RL dataset, and there is no {path}: name an HDF5 file with "
+            "--dataset-path, or see which ones collect.py makes"
+        )
     if not path.is_file():
         download(url, path, env_id)
     return path
@@ -1504,13 +1542,6 @@ def run_episodes(
     return returns, lengths
 
 
-def initial_observations(env_id: str, count: int, seed: int) -> np.ndarray:
-    """Observations after `count` resets, float32 [count, S]; 1e5 take 2 s (hopper), 9 s (door)."""
-    env = env_slots(env_id, 1)[0]
-    seeds = [seed] + [None] * (count - 1)
-    return np.array([env.reset(seed=s)[0] for s in seeds], np.float32)
-
-
 # D4RL's layouts, rows separated by "/": '#' wall, 'O' open, 'G' the goal cell (open as well). Row i
 # and column j are the x and y of an observation, so umaze's goal is at (1, 1).
 # Source: d4rl's pointmaze/maze_model.py.
@@ -1643,6 +1674,8 @@ class Maze2dEnv(gymnasium.Env):
 class Policy(nn.Module):
     """Actor and critic of one learner, on the CPU: what policy.pt holds. See `load_policy`."""
 
+    networks = ("actor", "critic")
+
     def __init__(self, args: Args, obs_dim: int, action_dim: int):
         super().__init__()
         self.candidates = args.eval_candidates
@@ -1660,9 +1693,9 @@ class Policy(nn.Module):
         return action[0, best].numpy()
 
 
-def policy_state(agent: Agent, learner: int) -> dict[str, Tensor]:
+def policy_state(agent: Learners, learner: int) -> dict[str, Tensor]:
     """The tensors of one learner's Policy, copied to the CPU."""
-    own = {k: v for k, v in agent.state_dict().items() if k.startswith(("actor.", "critic."))}
+    own = {k: v for k, v in agent.state_dict().items() if k.split(".")[0] in Policy.networks}
     return {k: v[learner : learner + 1].cpu().clone() for k, v in own.items()}
 
 
@@ -1782,7 +1815,7 @@ def polyak(slow: nn.Module, fast: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
 
 
-def capture(step: Callable[[], dict], agent: Agent, args: Args) -> Callable[[], dict]:
+def capture(step: Callable[[], dict], agent: Learners, args: Args) -> Callable[[], dict]:
     """`step` recorded as a CUDA graph at its first call and replayed after; `step` itself on a CPU.
 
     Recording needs warm-up calls. What they change (weights, moments, buffers, random state) is
@@ -1910,7 +1943,7 @@ class Run:
         self.curves: list[dict] = []  # of every evaluation: iteration and returns [L][episodes]
         self.pending: list = []  # evaluations under way in workers
         self.rollout_logs: dict[str, Tensor] = {}  # of the last rollout, logged with the losses
-        self.seconds = dict.fromkeys(("model", "miw", "rollout", "iterations", "evaluation"), 0.0)
+        self.seconds = {"iterations": 0.0}  # by phase
         self.last_log, self.interrupted, self.workers, self.wandb = (0, 0.0), False, None, None
         if args.resume:
             self.dir = Path(args.resume)
@@ -1924,10 +1957,13 @@ class Run:
             raise UserError(f"cannot make the run folder {self.dir} ({error})") from None
         write_json(self.dir / "args.json", dataclasses.asdict(args))
 
-    def open(self, agent: Agent, matmul: str, dataset_sha256: str) -> None:
+    def open(self, agent: Learners, matmul: str, dataset_sha256: str) -> None:
         """Load the checkpoint if the run is resumed; open the logs, cut back to it."""
         self.agent, self.matmul, self.dataset_sha256 = agent, matmul, dataset_sha256
-        log_bytes = self.load_checkpoint() if self.args.resume else 0
+        log_bytes = 0
+        if self.args.resume:
+            log_bytes = self.load_checkpoint()
+            write_json(self.dir / "args.json", dataclasses.asdict(self.args) | {"resume": None})
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what tensorboard's own imports say
             from torch.utils.tensorboard import SummaryWriter
@@ -1961,7 +1997,7 @@ class Run:
         if self.agent.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.seconds[phase] += now - self.clock
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.clock
         self.clock = now
 
     def finite(self, phase: str, logs: dict[str, Tensor]) -> dict[str, list[float]]:
@@ -2128,7 +2164,7 @@ class Run:
         self.last_log = (self.iteration, self.seconds["iterations"])
         return saved["log_bytes"]
 
-    def finish(self, dataset: Dataset) -> dict:
+    def finish(self, dataset: Dataset, **more) -> dict:
         """Score the final policies over more episodes; write result.json, print and return it."""
         args, learners = self.args, range(self.args.num_seeds)
         signal.signal(signal.SIGINT, self.old_handler)  # all is saved: Ctrl-C stops at once
@@ -2139,7 +2175,7 @@ class Run:
         result = {
             "algo": self.algo, "env_id": args.env_id, "normalized": has_reference(args.env_id),
             "dataset": dataset.source, "dataset_sha256": dataset.sha256,
-            "dataset_notes": dataset.notes, "initial_states": args.initial_states,
+            "dataset_notes": dataset.notes, "args": dataclasses.asdict(args) | {"resume": None},
             "seeds": [args.seed + n for n in learners], "total_steps": self.iteration,
             "last": scores[-1].tolist(), "mean_last_ten": scores[-10:].mean(0).tolist(),
             "final_mean": [s.mean() for s in final], "final_scores": [s.tolist() for s in final],
@@ -2147,7 +2183,7 @@ class Run:
             "seconds": self.seconds,
             "steps_per_second": self.iteration / max(self.seconds["iterations"], 1e-9),
             "device": str(self.agent.device), "threads": torch.get_num_threads(),
-            "cpu_matmul": self.matmul, "versions": versions(), "git": git_hash(),
+            "cpu_matmul": self.matmul, "versions": versions(), "git": git_hash(), **more,
         }  # fmt: skip
         write_json(self.dir / "result.json", result)
         self.close()
@@ -2188,30 +2224,55 @@ def start_wandb(args: Args, run_dir: Path):
     return wandb.init(**place, name=run_dir.name, config=dataclasses.asdict(args))
 
 
-def plot_curves(run: Run) -> None:
-    """curves.png: the score of every learner, and their mean, against the iterations."""
+@contextlib.contextmanager
+def picture(path: Path, title: str, xlabel: str, ylabel: str):
+    """Axes to draw into; the PNG is written at the end of the block. Raises UserError."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    iterations, scores = [c["iteration"] for c in run.curves], run.scores()
     figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
-    for learner in range(scores.shape[1]):
-        axes.plot(
-            iterations, scores[:, learner], alpha=0.6, label=f"seed {run.args.seed + learner}"
-        )
-    if scores.shape[1] > 1:
-        axes.plot(iterations, scores.mean(1), color="black", linewidth=2, label="mean")
-    axes.set_xlabel("iteration")
-    axes.set_ylabel("normalized score" if has_reference(run.args.env_id) else "return")
-    axes.set_title(f"{run.algo.upper()} on {run.args.env_id}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    write_atomically(
-        run.dir / "curves.png", lambda file: figure.savefig(file, format="png", dpi=120)
-    )
+    axes.set_title(title)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    yield axes
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
     plt.close(figure)
+
+
+def plot_curves(run: Run) -> None:
+    """curves.png: the score of every learner, and their mean, against the iterations."""
+    iterations, scores = [c["iteration"] for c in run.curves], run.scores()
+    kind = "normalized score" if has_reference(run.args.env_id) else "return"
+    title = f"{run.algo.upper()} on {run.args.env_id}"
+    with picture(run.dir / "curves.png", title, "iteration", kind) as axes:
+        for learner in range(scores.shape[1]):
+            label = f"seed {run.args.seed + learner}"
+            axes.plot(iterations, scores[:, learner], alpha=0.6, label=label)
+        if scores.shape[1] > 1:
+            axes.plot(iterations, scores.mean(1), color="black", linewidth=2, label="mean")
+        axes.grid(alpha=0.3)
+        axes.legend()
+
+
+def save_weight(run: Run, weight: Tensor) -> None:
+    """miw.npz: log of the normalised weights [L, N] by iteration; miw.png: Figure 2 of AMPL."""
+    path, logs = run.dir / "miw.npz", {}
+    if path.exists():
+        with reading(path), np.load(path, allow_pickle=False) as saved:
+            logs = {k: saved[k] for k in saved.files if int(k) < run.iteration}
+    # The clamp keeps the log of a weight that underflowed to zero finite.
+    logs[str(run.iteration)] = weight.clamp(min=1e-30).log().cpu().numpy()
+    write_atomically(path, lambda file: np.savez(file, **logs))
+    # Of the first learner, ten thousand rows spread evenly over the sorted weights.
+    rows = np.linspace(0, weight.shape[1] - 1, min(weight.shape[1], 10_000)).astype(int)
+    violins = [np.sort(x[0])[rows] for x in logs.values()]
+    title = f"{run.algo.upper()} on {run.args.env_id}"
+    labels = "iteration of the re-training", "log of the normalised weight"
+    with picture(run.dir / "miw.png", title, *labels) as axes:
+        axes.violinplot(violins, quantiles=[[0.25, 0.5, 0.75]] * len(violins), widths=0.8)
+        axes.set_xticks(range(1, len(violins) + 1), list(logs))
 
 
 def versions() -> dict[str, str]:
@@ -2242,16 +2303,26 @@ def scale_rewards(reward: Tensor) -> Tensor:
     return (reward - reward.min() + 1e-3) / span
 
 
-def prepare(dataset: Dataset, args: Args, device: torch.device) -> tuple[Tensor, TerminationRule]:
-    """The dataset as rows [N, C] of Batch's fields, rewards scaled, and the termination rule."""
-    reward, terminated = scale_rewards(dataset.reward), dataset.terminated.float()
-    columns = [dataset.obs, dataset.action, reward[:, None], dataset.next_obs, terminated[:, None]]
-    obs_limit = 2 * torch.maximum(dataset.obs.abs().amax(0), dataset.next_obs.abs().amax(0))
+def data_rows(dataset: Dataset, device: torch.device) -> Tensor:
+    """The dataset as rows [N, C] of Batch's fields."""
+    columns = [dataset.obs, dataset.action, dataset.reward[:, None], dataset.next_obs]
+    return torch.cat([*columns, dataset.terminated.float()[:, None]], -1).to(device)
+
+
+def termination_rule(dataset: Dataset, args: Args, device: torch.device) -> TerminationRule:
+    """The task's own rule and the ranges of its data."""
+    reward, extremes = dataset.reward, torch.maximum(dataset.obs.abs(), dataset.next_obs.abs())
     margin = 10 * reward.std()
     reward_limit = torch.maximum((reward.min() - margin).abs(), (reward.max() + margin).abs())
     known, _ = known_termination(args.env_id)
-    rule = TerminationRule(known, obs_limit.to(device), reward_limit.to(device))
-    return torch.cat(columns, -1).to(device), rule
+    return TerminationRule(known, 2 * extremes.amax(0).to(device), reward_limit.to(device))
+
+
+def initial_observations(env_id: str, count: int, seed: int) -> np.ndarray:
+    """Observations after `count` resets, float32 [count, S]; 1e5 take 2 s (hopper), 9 s (door)."""
+    env = env_slots(env_id, 1)[0]
+    seeds = [seed] + [None] * (count - 1)
+    return np.array([env.reset(seed=s)[0] for s in seeds], np.float32)
 
 
 def sample_initial_states(dataset: Dataset, args: Args, device: torch.device) -> Tensor:
@@ -2259,26 +2330,27 @@ def sample_initial_states(dataset: Dataset, args: Args, device: torch.device) ->
     # Paper: mu0. Code: simulator resets, which are online access. Here: code, or the data's own.
     if args.initial_states == "dataset":
         return dataset.episode_start_obs.to(device)
+    tqdm.write(f"omega: {args.num_initial_states} simulator resets (else --initial-states dataset)")
     seed = phase_seed(args.seed, "initial states")
     obs = initial_observations(args.env_id, args.num_initial_states, seed)
     return torch.as_tensor(obs).to(device)
 
 
-def first_model(agent: Agent, dataset: Dataset, data: Tensor, args: Args, run: Run) -> None:
-    """Fit the unweighted model, Eq. (4), and save it, unless it came from --dynamics-from."""
-    if args.dynamics_from:
-        return
-    ones = torch.ones(agent.learners, len(data), device=agent.device)
-    loss = fit_model(agent, dataset, data, ones, args, 0, run)  # Eq. (4)
+def save_model(agent: Learners, loss: Tensor, dataset: Dataset, run: Run) -> None:
+    """Save the first model and its hold-out losses [L, M], for --dynamics-from."""
     saved = {
         "model": agent.model.state_dict(), "holdout_loss": loss,
         "optimizer": agent.optimizers["model"].state_dict(), "dataset_sha256": dataset.sha256,
+        "seed": run.args.seed, "holdout_size": run.args.holdout_size,
     }  # fmt: skip
     write_atomically(run.dir / "model.pt", lambda file: torch.save(saved, file))
 
 
-def load_model(agent: Agent, dataset: Dataset, args: Args) -> None:
-    """The first model of another run, with its optimizer. Raises UserError if it does not fit."""
+def load_model(agent: Learners, dataset: Dataset, args: Args) -> None:
+    """The first model of another run, with its optimizer. Raises UserError if it does not fit.
+
+    Of a run of more learners the first ones; a run of one learner gives all the same.
+    """
     path = Path(args.dynamics_from) / "model.pt"
     if not path.exists():
         raise UserError(f"--dynamics-from: {path} does not exist; did that run fit its model?")
@@ -2286,13 +2358,17 @@ def load_model(agent: Agent, dataset: Dataset, args: Args) -> None:
         saved = torch.load(path, weights_only=True, map_location=agent.device)
         if saved["dataset_sha256"] != dataset.sha256:
             raise UserError(f"--dynamics-from {path}: that model was fitted to another dataset")
-        # A run of more learners gives its first ones.
-        count, own, moments = args.num_seeds, agent.model.state_dict(), saved["optimizer"]["state"]
-        agent.model.load_state_dict({k: v[: len(own[k])] for k, v in saved["model"].items()})
-        for state in moments.values():
-            state |= {k: t[:count] for k, t in state.items() if t.dim()}
+        need, have = agent.model.lead[0], len(saved["holdout_loss"])
+        if 1 < have < need:
+            raise UserError(f"--dynamics-from {path} holds {have} models, and {need} are asked for")
+        learners = torch.arange(need, device=agent.device).clamp(max=have - 1)
+        parameters = {name for name, _ in agent.model.named_parameters()}
+        own = {k: v[learners] if k in parameters else v for k, v in saved["model"].items()}
+        agent.model.load_state_dict(own)
+        for state in saved["optimizer"]["state"].values():
+            state |= {k: t[learners] for k, t in state.items() if t.dim()}
         load_optimizer(agent.optimizers["model"], saved["optimizer"])
-        choose_elites(agent, saved["holdout_loss"][:count], args)
+        choose_elites(agent, saved["holdout_loss"][learners], args)
 
 
 def announce(dataset: Dataset, args: Args, device: torch.device, matmul: str) -> None:
@@ -2307,8 +2383,6 @@ def announce(dataset: Dataset, args: Args, device: torch.device, matmul: str) ->
         print(f"note: {args.env_id} is not a task of the paper: defaults and your flags apply")
     if not known_termination(args.env_id)[1]:
         print("note: no termination rule is known: rollouts end only far outside the data")
-    if args.initial_states == "simulator":
-        print("note: omega's initial states are simulator resets (else --initial-states dataset)")
     print(f"device: {device}, {torch.get_num_threads()} CPU threads, products by {matmul} library")
 
 
@@ -2321,10 +2395,11 @@ def train(args: Args) -> dict:
     dataset = load_dataset(args.env_id, args.dataset_path, make_env(args.env_id))
     if args.batch_size > len(dataset.obs):
         raise UserError(f"--batch-size {args.batch_size} exceeds the {len(dataset.obs)} data rows")
-    data, rule = prepare(dataset, args, device)
     matmul = choose_cpu_matmul(args)
     announce(dataset, args, device, matmul)
-    agent = Agent(args, dataset.obs.shape[1], dataset.action.shape[1], device)
+    dataset = dataset._replace(reward=scale_rewards(dataset.reward))
+    data, rule = data_rows(dataset, device), termination_rule(dataset, args, device)
+    agent = AMPL(args, dataset.obs.shape[1], dataset.action.shape[1], device)
     if args.dynamics_from and not args.resume:
         load_model(agent, dataset, args)
     run = Run(args, "ampl")
@@ -2344,7 +2419,10 @@ def train(args: Args) -> dict:
         while run.iteration < args.total_iterations:  # Alg. 1
             i = run.iteration
             if i == 0:
-                first_model(agent, dataset, data, args, run)  # Eq. (4)
+                if not args.dynamics_from:
+                    ones = torch.ones(agent.learners, len(data), device=device)
+                    loss = fit_model(agent, dataset, data, ones, args, 0, run)  # Eq. (4)
+                    save_model(agent, loss, dataset, run)
                 run.took("model")
             elif i % args.model_retrain_every == 0:
                 k = i // args.model_retrain_every
@@ -2384,14 +2462,21 @@ def evaluate_run(args: Args) -> None:
 
 
 def resumed_args(args: Args) -> Args:
-    """The arguments of the run to be resumed. Raises UserError if flags ask for others."""
-    check_args(args)
-    saved, default = load_args(args.resume), parse_args([])
+    """The arguments of the run to be resumed. Raises UserError if flags ask for others.
+
+    Only --total-iterations may grow: where a run will end matters for its last evaluation alone.
+    """
+    default = parse_args([])
+    check_args(dataclasses.replace(args, total_iterations=default.total_iterations))
+    saved = load_args(args.resume)
+    own = {"resume": args.resume}
+    if default.total_iterations != args.total_iterations > saved.total_iterations:
+        own["total_iterations"] = args.total_iterations
     for name, value in vars(args).items():
-        if name != "resume" and value not in (getattr(saved, name), getattr(default, name)):
+        if name not in own and value not in (getattr(saved, name), getattr(default, name)):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"--resume takes all flags from the run, where {flag} is not {value}")
-    return dataclasses.replace(saved, resume=args.resume)
+    return dataclasses.replace(saved, **own)
 
 
 def main() -> None:

@@ -2,6 +2,8 @@
 
     python tests/benchmark.py --script ampl.py --env-id walker2d-medium-v2 --threads 1
 
+and the same with mopo.py, combo.py and collect.py.
+
 Data are synthetic, of the task's shape. `floor_ms` is the FLOPs of the code as written (torch's own
 counter) over the machine's rate for fp32 matrix products, measured in the same run; elementwise
 work and memory are not in it, so a ratio of 1 cannot be reached. Numbers from a busy machine say
@@ -45,8 +47,8 @@ class Options:
     """learners"""
     device: str = "cpu"
     """cpu or cuda"""
-    batch_size: int = 512
-    """rows per iteration"""
+    batch_size: int = 0
+    """rows per iteration; 0 is the script's own number"""
     rows: int = 300_000
     """rows of the synthetic dataset"""
     blocks: int = 5
@@ -132,17 +134,62 @@ def measure_loading(script, options: Options, rate: float, folder: Path) -> None
     report("load_dataset_per_1m_rows", times, None, rate)
 
 
-def measure_ampl(ampl, options: Options, rate: float) -> None:
-    args = ampl.Args(
-        env_id=options.env_id, batch_size=options.batch_size, num_seeds=options.num_seeds,
-        **ampl.PAPER[options.env_id],
-    )  # fmt: skip
+def set_up(script, method: str, options: Options, **changes):
+    """-> args with the task's settings, the learners, synthetic rows [N, C]."""
+    if options.batch_size:
+        changes["batch_size"] = options.batch_size
+    settings = script.PAPER[options.env_id] | changes
+    args = script.Args(env_id=options.env_id, num_seeds=options.num_seeds, **settings)
     device = torch.device(options.device)
     obs_dim, action_dim = WIDTHS[options.env_id.split("-")[0]]
-    agent = ampl.Agent(args, obs_dim, action_dim, device)
+    agent = getattr(script, method)(args, obs_dim, action_dim, device)
     data = torch.randn(options.rows, sum(agent.columns), device=device)
     data[:, obs_dim : obs_dim + action_dim].tanh_()
     data[:, -1] = 0
+    return args, agent, data
+
+
+def measure_sac(script, method: str, options: Options, rate: float) -> None:
+    """mopo.py and combo.py. A tenth of a refresh stands for the rollouts of 100 iterations."""
+    args, agent, data = set_up(script, method, options, rollout_starts=5000)
+    device, obs_dim = agent.device, agent.columns[0]
+    never = script.known_termination("halfcheetah")[0]
+    end = script.RolloutEnd(never, torch.full((obs_dim,), 100.0, device=device))
+    one_step = script.sac_step if method == "MOPO" else script.combo_step
+    capture = lambda step: script.capture(step, agent, args)  # noqa: E731
+    refresh = capture(lambda: script.imagine(agent, data, end, args))
+    refresh()
+    step = capture(lambda: one_step(agent, data, args))
+    count = 100 if method == "MOPO" else 20
+    measure("iteration", lambda: [step() for _ in range(count)], count, options, rate)
+    measure("rollout_per_iteration", refresh, 100, options, rate)
+
+    inputs, targets = data[:, : sum(agent.columns[:2])].clone(), data[:, : 1 + obs_dim].clone()
+    shape = (*agent.model.lead, options.rows)
+    order = torch.arange(options.rows, device=device).expand(shape).contiguous()
+    model_step = capture(lambda: script.ensemble_step(agent, inputs, targets, order, args))
+    measure("model_step", lambda: [model_step() for _ in range(50)], 50, options, rate)
+    held = inputs[: args.holdout_size], targets[: args.holdout_size]
+    measure("model_holdout", lambda: script.holdout_error(agent, *held), 1, options, rate)
+
+
+def measure_collect(collect, options: Options, rate: float) -> None:
+    """Gradient steps of collect.py's SAC."""
+    obs_dim, action_dim = WIDTHS[options.env_id.split("-")[0]]
+    args = collect.Args(env_id=options.env_id, target_entropy=-action_dim)
+    args.batch_size = options.batch_size or args.batch_size
+    device = torch.device(options.device)
+    agent = collect.SAC(args, obs_dim, action_dim, options.rows, device)
+    agent.buffer.normal_()
+    agent.buffer[..., -1] = 0
+    agent.buffer_rows.fill_(options.rows)
+    step = collect.capture(lambda: collect.learn(agent, args), agent, args)
+    measure("sac_step", lambda: [step() for _ in range(100)], 100, options, rate)
+
+
+def measure_ampl(ampl, options: Options, rate: float) -> None:
+    args, agent, data = set_up(ampl, "AMPL", options)
+    device, (obs_dim, action_dim) = agent.device, agent.columns[:2]
     never = ampl.known_termination("halfcheetah")[0]
     rule = ampl.TerminationRule(
         never, torch.full((obs_dim,), 100.0, device=device), torch.tensor(100.0, device=device)
@@ -206,7 +253,14 @@ def main() -> None:
         )
     )
     rate = gemm_rate(options.device)
-    measure_ampl(script, options, rate)
+    method = Path(options.script).stem.upper()
+    if method == "COLLECT":
+        measure_collect(script, options, rate)
+        return
+    if method == "AMPL":
+        measure_ampl(script, options, rate)
+    else:
+        measure_sac(script, method, options, rate)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(json.dumps({"phase": "peak_memory", "gib": round(peak, 2)}))
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,10 @@ import pytest
 import sync
 
 import ampl
+import combo
+import mopo
 
+METHODS = {"ampl.py": ampl, "mopo.py": mopo, "combo.py": combo}
 README = (sync.ROOT / "README.md").read_text()
 
 
@@ -48,13 +51,23 @@ COMMANDS = re.findall(r"(?:python|uv run) (\w+\.py) ([^\n`#&|]*)", README)
 
 
 @pytest.mark.parametrize(
-    "flags", sorted({f for s, f in COMMANDS if s == "ampl.py" and "<" not in f})
+    "script, flags", sorted({(s, f) for s, f in COMMANDS if s in METHODS and "<" not in f})
 )
-def test_readme_commands_parse(flags):
+def test_readme_commands_parse(script, flags):
     argv = shlex.split(flags)
     if "--help" not in argv:
-        ampl.parse_args(argv)
+        METHODS[script].check_args(METHODS[script].parse_args(argv))
 
 
 def test_readme_has_commands():
     assert len(COMMANDS) >= 5
+
+
+def test_sync_carries_a_change_into_one_definition():
+    """A sibling with other code around gets the change; a definition that it lacks stays away."""
+    base = "def f():\n    return 1\n\n\ndef g():\n    return 2\n"
+    sibling = "X = 5\n\n\ndef g():\n    return 2\n\n\ndef h():\n    return 3\n"
+    fixed = base.replace("return 2", "return 20").replace("return 1", "return 10")
+    merged, conflict = sync.merge_definitions(base, fixed, sibling)
+    assert merged == sibling.replace("return 2", "return 20") and not conflict
+    assert sync.merge_definitions(base, fixed, sibling.replace("return 2", "return -2"))[1]

@@ -44,7 +44,7 @@ def random_data(rows: int, obs_dim: int = 3, action_dim: int = 2, seed: int = 0)
 
 
 def dataset_of(data: torch.Tensor, obs_dim: int, action_dim: int) -> SimpleNamespace:
-    """What fit_model and prepare read of a Dataset."""
+    """What fit_model, data_rows and termination_rule read of a Dataset."""
     sizes = [obs_dim, action_dim, 1, obs_dim, 1]
     obs, action, reward, next_obs, terminated = data.split(sizes, -1)
     return SimpleNamespace(
@@ -108,7 +108,7 @@ def test_learners_keep_their_own_losses():
 
 def test_twin_critic_first_is_head_one():
     """`first` is row 0 of the full forward pass."""
-    agent = ampl.Agent(tiny(num_seeds=2), 3, 2, CPU)
+    agent = ampl.AMPL(tiny(num_seeds=2), 3, 2, CPU)
     obs, action = torch.randn(2, 5, 3), torch.randn(2, 5, 2)
     both = agent.critic(obs, action)
     assert both.shape == (2, 2, 5)
@@ -170,7 +170,7 @@ def test_discriminator_learns_the_log_density_ratio():
 
 def test_true_pairs_are_finite_at_the_bounds():
     """atanh of actions at +-1 is clipped, and inner actions come back through tanh."""
-    agent = ampl.Agent(tiny(), 3, 2, CPU)
+    agent = ampl.AMPL(tiny(), 3, 2, CPU)
     data = random_data(4)
     data[:, 3:5] = torch.tensor([1.0, -0.5])
     data[:2, 3] = -1.0
@@ -182,7 +182,7 @@ def test_true_pairs_are_finite_at_the_bounds():
 
 def test_fake_pairs():
     """Eq. (14): both raw actions carry gradient, s' does not; a terminal s' loses its own pair."""
-    agent = ampl.Agent(tiny(), 3, 2, CPU)
+    agent = ampl.AMPL(tiny(), 3, 2, CPU)
     obs = torch.arange(12.0).view(1, 4, 3)
     agent.elites.sample = lambda obs, action: (torch.zeros(1, 4), obs + 100)
     known = lambda s: s[..., 0] == 106  # noqa: E731  the third row
@@ -238,7 +238,7 @@ def test_model_step_uses_the_weights_of_its_rows():
     """
     torch.manual_seed(0)
     args = tiny(model_lr=1e-2, model_batch_size=64)
-    agent = ampl.Agent(args, 3, 2, CPU)
+    agent = ampl.AMPL(args, 3, 2, CPU)
     inputs, targets, weight = torch.zeros(50, 5), torch.ones(50, 4), torch.full((1, 50), 1.5)
     targets[20:40], weight[:, 20:40], targets[40:] = -1.0, 0.5, 9.0
     for _ in range(200):
@@ -250,7 +250,7 @@ def test_model_step_uses_the_weights_of_its_rows():
 def test_holdout_loss():
     """Chunks of 512 add up to the mean over 600 rows; weights and row numbers are respected."""
     args = tiny()
-    agent = ampl.Agent(args, 3, 2, CPU)
+    agent = ampl.AMPL(args, 3, 2, CPU)
     agent.model.forward = lambda x: (torch.zeros(*x.shape[:-1], 4), torch.zeros(*x.shape[:-1], 4))
     targets, weight = torch.zeros(700, 4), torch.ones(1, 700)
     targets[100:] = 2.0  # rows 0 to 99 are not held out
@@ -332,7 +332,7 @@ def test_ensemble_recovers_a_linear_gaussian_system():
     noise = torch.randn(rows, 1) * 0.2 * action.exp()
     columns = [obs, action, action.square(), obs + 2 * action + noise, torch.zeros(rows, 1)]
     data = torch.cat(columns, -1)
-    agent = ampl.Agent(args, 1, 1, CPU)
+    agent = ampl.AMPL(args, 1, 1, CPU)
     ampl.fit_model(agent, dataset_of(data, 1, 1), data, torch.ones(1, rows), args, 0, StubRun())
     model = agent.elites
     test_action = torch.tensor([-0.8, -0.5, 0.5, 0.8])
@@ -349,7 +349,7 @@ def test_ensemble_recovers_a_linear_gaussian_system():
 
 def test_training_pairs():
     """Targets are (reward, s' - s) in unit deviation; rows without a stored s' stay out."""
-    agent = ampl.Agent(tiny(), 3, 2, CPU)
+    agent = ampl.AMPL(tiny(), 3, 2, CPU)
     data = random_data(50)
     dataset = dataset_of(data, 3, 2)
     dataset.has_next[7] = False
@@ -365,7 +365,7 @@ def test_training_pairs():
 # --- early stopping ---
 
 
-def judge(agent: ampl.Agent, fit: dict, args: ampl.Args, loss: list, mark: float) -> None:
+def judge(agent: ampl.AMPL, fit: dict, args: ampl.Args, loss: list, mark: float) -> None:
     """One epoch: all members' weights become `mark`, then their losses are judged."""
     for p in agent.model.member_parameters():
         p.data.fill_(mark)
@@ -375,8 +375,8 @@ def judge(agent: ampl.Agent, fit: dict, args: ampl.Args, loss: list, mark: float
 def test_early_stopping_and_elites():
     """Gains count above 1 % of |best|, negative losses too; members return to their best epoch."""
     args = tiny(model_patience=3)
-    agent = ampl.Agent(args, 3, 2, CPU)
-    fit = ampl.fit_state(agent, args)
+    agent = ampl.AMPL(args, 3, 2, CPU)
+    fit = ampl.fit_state(agent)
     judge(agent, fit, args, [[1.0, -1.0, 0.5]], 1.0)
     assert fit["best"].tolist() == [[1.0, -1.0, 0.5]] and fit["idle"].tolist() == [0]
     judge(agent, fit, args, [[0.995, -1.02, 0.6]], 2.0)  # 0.5 %, 2 %, worse
@@ -398,8 +398,8 @@ def test_early_stopping_and_elites():
 def test_a_stopped_learner_is_restored():
     """Learner 0 stops first; what happens to it afterwards leaves no trace."""
     args = tiny(model_patience=1, num_seeds=2)
-    agent = ampl.Agent(args, 3, 2, CPU)
-    fit = ampl.fit_state(agent, args)
+    agent = ampl.AMPL(args, 3, 2, CPU)
+    fit = ampl.fit_state(agent)
     judge(agent, fit, args, [[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]], 1.0)
     agent.model.max_log_std.data.fill_(7.0)
     judge(agent, fit, args, [[1.0, 2.0, 3.0], [0.5, 1.0, 1.5]], 2.0)
@@ -423,7 +423,7 @@ def test_model_fit_of_a_learner_ignores_the_other():
     data = random_data(60)
     results, epochs = [], []
     for changed in (False, True):
-        agent = ampl.Agent(args, 3, 2, CPU)
+        agent = ampl.AMPL(args, 3, 2, CPU)
         weight = torch.ones(2, 60)
         if changed:
             for p in agent.model.parameters():
@@ -464,7 +464,7 @@ def test_miw_step_stops_at_terminals(use_tables):
     """Q = 1 and omega = 0.929: the sides are 0.929 and 0.01, plus 0.99 * 0.929 where it goes on."""
     args = tiny()
     for terminal, expected in ((1.0, 0.4223), (0.0, 0.0)):  # (0.929 - 0.01) ** 2 / 2
-        agent, data, tables = ampl.Agent(args, 3, 2, CPU), random_data(40), None
+        agent, data, tables = ampl.AMPL(args, 3, 2, CPU), random_data(40), None
         data[:, -1] = terminal
         agent.critic.first = lambda obs, action: torch.ones(obs.shape[:2])
         agent.critic_slow.first = agent.critic.first
@@ -516,7 +516,7 @@ def test_project_gradient_respects_the_bound():
 def test_mean_omega_stays_below_its_bound():
     """From 0.93 the trainer comes down to a bound of 0.5 although the loss asks for more."""
     args = tiny(miw_mean_bound=0.5, miw_lr=3e-3)
-    agent = ampl.Agent(args, 3, 2, CPU)
+    agent = ampl.AMPL(args, 3, 2, CPU)
     agent.critic.first = lambda obs, action: torch.ones(obs.shape[:2])
     agent.critic_slow.first = agent.critic.first  # so that Eq. (10) asks for mean omega 1
     data = random_data(100)
@@ -529,7 +529,7 @@ def test_mean_omega_stays_below_its_bound():
 def test_normalised_weight_has_mean_one():
     """omega over the data divided by its mean, per learner."""
     args = tiny(num_seeds=2)
-    agent = ampl.Agent(args, 3, 2, CPU)
+    agent = ampl.AMPL(args, 3, 2, CPU)
     nn.init.normal_(agent.omega.net.out.weight)
     data = random_data(5000)  # more than one chunk
     weight = ampl.normalised_weight(agent, data)
@@ -580,7 +580,7 @@ def test_scale_rewards():
         ampl.scale_rewards(torch.ones(3))
 
 
-def test_prepare_sets_the_ranges():
+def test_rows_and_ranges():
     """Twice the largest |s| per entry; rewards: ten deviations beyond the scaled extremes."""
     data = torch.tensor(
         [
@@ -588,7 +588,10 @@ def test_prepare_sets_the_ranges():
             [0.5, 1.0, 0.0, 1.0, 0.0, -4.0, 1.0],
         ]
     )
-    rows, rule = ampl.prepare(dataset_of(data, 2, 1), tiny(env_id="maze2d-umaze-v1"), CPU)
+    dataset = dataset_of(data, 2, 1)
+    dataset.reward = ampl.scale_rewards(dataset.reward)
+    rows = ampl.data_rows(dataset, CPU)
+    rule = ampl.termination_rule(dataset, tiny(env_id="maze2d-umaze-v1"), CPU)
     assert rule.obs_limit.tolist() == [6.0, 8.0]
     # Rewards 0.001 and 1.001, deviation 0.7071068: max(|0.001 - 7.071068|, 1.001 + 7.071068).
     assert rule.reward_limit.item() == pytest.approx(8.072068)
@@ -640,9 +643,22 @@ WALKER = [
 ]
 
 
+ANT = [
+    ([0.19, 0.0, 0.0], True),
+    ([0.21, 9.0, -500.0], False),
+    ([0.99, 0.0, 0.0], False),
+    ([1.01, 0.0, 0.0], True),
+    ([0.5, math.nan, 0.0], True),
+]
+
+
 @pytest.mark.parametrize(
     "env_id, rows, width",
-    [("hopper-medium-v2", HOPPER, 11), ("walker2d-medium-replay-v2", WALKER, 17)],
+    [
+        ("hopper-medium-v2", HOPPER, 11),
+        ("walker2d-medium-replay-v2", WALKER, 17),
+        ("ant-angle-v0", ANT, 27),
+    ],
 )
 def test_known_termination_of_walkers(env_id, rows, width):
     """Hand-made states on both sides of every limit."""
@@ -661,14 +677,14 @@ def test_known_termination_of_pen_and_others():
     for env_id in ("halfcheetah-medium-v2", "maze2d-large-v1", "door-expert-v1"):
         rule, known = ampl.known_termination(env_id)
         assert known and not rule(torch.full((1, 2, 39), -1e6)).any()
-    rule, known = ampl.known_termination("Ant-v5")
+    rule, known = ampl.known_termination("Swimmer-v5")
     assert not known and not rule(torch.zeros(1, 2, 27)).any()
 
 
 # --- buffer, mix and rollouts ---
 
 
-def numbered(agent: ampl.Agent, numbers: range) -> ampl.Batch:
+def numbered(agent: ampl.AMPL, numbers: range) -> ampl.Batch:
     """Transitions whose rewards are the given numbers (plus 1000 for learner 1)."""
     shape = (agent.learners, len(numbers))
     reward = torch.tensor(list(numbers), dtype=torch.float) + 1000.0 * torch.arange(
@@ -680,7 +696,7 @@ def numbered(agent: ampl.Agent, numbers: range) -> ampl.Batch:
 
 def test_buffer_is_first_in_first_out():
     """Ten rows of room: after 8 and 5 rows the oldest three are gone."""
-    agent = ampl.Agent(tiny(buffer_size=10), 3, 2, CPU)
+    agent = ampl.AMPL(tiny(buffer_size=10), 3, 2, CPU)
     agent.remember(numbered(agent, range(8)))
     assert agent.buffer_rows == 8 and agent.buffer_end == 8
     agent.remember(numbered(agent, range(8, 13)))
@@ -692,7 +708,7 @@ def test_buffer_is_first_in_first_out():
 
 def test_mixed_batch():
     """The first real_rows rows come from data, the rest from the filled part of the own buffer."""
-    agent = ampl.Agent(tiny(num_seeds=2), 3, 2, CPU)
+    agent = ampl.AMPL(tiny(num_seeds=2), 3, 2, CPU)
     agent.remember(numbered(agent, range(1, 5)))  # 60 of 64 rows stay empty (reward 0)
     data = random_data(30)
     data[:, 5] = -1.0 - torch.arange(30)
@@ -708,9 +724,9 @@ def test_mixed_batch():
             assert len(reward.unique()) == 30
 
 
-def counting_agent(args: ampl.Args) -> tuple[ampl.Agent, torch.Tensor, ampl.TerminationRule]:
+def counting_agent(args: ampl.Args) -> tuple[ampl.AMPL, torch.Tensor, ampl.TerminationRule]:
     """Stored states are 100, 200, ...; the model adds 1 per step; x02 is terminal."""
-    agent = ampl.Agent(args, 1, 2, CPU)
+    agent = ampl.AMPL(args, 1, 2, CPU)
     agent.elites.sample = lambda obs, action: (obs[..., 0] / 1000, obs + 1)
     data = torch.zeros(50, 6)
     data[:, 0] = 100.0 * torch.arange(1, 51)
@@ -769,9 +785,9 @@ def test_imagine_actions():
 # --- whole iterations ---
 
 
-def warmed_agent(args: ampl.Args, data: torch.Tensor) -> tuple[ampl.Agent, ampl.TerminationRule]:
+def warmed_agent(args: ampl.Args, data: torch.Tensor) -> tuple[ampl.AMPL, ampl.TerminationRule]:
     """An agent with a filled buffer and half of every batch from it."""
-    agent, rule = ampl.Agent(args, 3, 2, CPU), rule_for(3)
+    agent, rule = ampl.AMPL(args, 3, 2, CPU), rule_for(3)
     torch.manual_seed(1)
     ampl.imagine(agent, data, rule, args)
     agent.real_rows.fill_(args.batch_size // 2)
@@ -843,7 +859,7 @@ def test_critic_learns_the_target():
     args = tiny(critic_lr=1e-2, batch_size=64)
     data = random_data(64)
     data[:, 5], data[:, -1] = 0.7, 1.0
-    agent = ampl.Agent(args, 3, 2, CPU)
+    agent = ampl.AMPL(args, 3, 2, CPU)
     agent.real_rows.fill_(64)
     for _ in range(150):
         ampl.update_critic(agent, agent.sample(data, 64), args)
@@ -920,7 +936,7 @@ def test_miw_of_a_learner_ignores_the_other():
     args, data = tiny(num_seeds=2, miw_lr=1e-2, miw_mean_bound=0.9), random_data(40)
     results = []
     for factor in (1.0, 5.0):
-        agent = ampl.Agent(args, 3, 2, CPU)
+        agent = ampl.AMPL(args, 3, 2, CPU)
         start = copy.deepcopy(agent.omega)
         for p in [*agent.critic.parameters(), *agent.omega.parameters()]:
             p.data[1] *= factor

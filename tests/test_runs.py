@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ampl
 
@@ -66,6 +67,7 @@ def tiny(tmp_path, dataset, short, monkeypatch):
     """tiny(**changes) trains and returns the run folder. No pictures: they take most of the time"""
     count = iter(range(1000))
     monkeypatch.setattr(ampl, "plot_curves", lambda run: None)
+    monkeypatch.setattr(ampl, "save_weight", lambda run, weight: None)
 
     def train(**changes):
         place = tmp_path / f"runs{next(count)}"
@@ -161,7 +163,7 @@ def test_every_parameter_moved(finished):
     """Two fits, MIW training, rollouts, all updates and all targets act on every tensor."""
     args = ampl.load_args(finished)
     assert args.total_iterations > args.model_retrain_every and args.num_seeds == 2
-    before = ampl.Agent(args, 4, 2, torch.device("cpu")).state_dict()
+    before = ampl.AMPL(args, 4, 2, torch.device("cpu")).state_dict()
     after = checkpoint(finished)["agent"]
     assert before.keys() == after.keys()
     for name, old in before.items():
@@ -183,7 +185,8 @@ def test_run_folder_is_complete(finished):
     names = {p.name for p in finished.iterdir()}
     events = {n for n in names if n.startswith("events.out.tfevents")}
     files = {"ampl.py", "args.json", "log.jsonl", "checkpoint.pt", "policy.pt", "model.pt"}
-    assert names == events | files | {"curves.png", "result.json"} and len(events) == 1
+    files |= {"curves.png", "result.json", "miw.npz", "miw.png"}
+    assert names == events | files and len(events) == 1
     assert (finished / "ampl.py").read_text() == SOURCE
     args = json.loads((finished / "args.json").read_text())
     assert args.keys() == {f.name for f in dataclasses.fields(ampl.Args)}
@@ -212,7 +215,7 @@ def test_result(finished, dataset):
     assert result["versions"]["torch"] == torch.__version__
     assert set(result["versions"]) == {"python", "torch", "numpy", "gymnasium", "mujoco"}
     assert result["device"] == "cpu" and result["threads"] == 1 and "git" in result
-    assert result["cpu_matmul"] == "default" and result["initial_states"] == "simulator"
+    assert result["cpu_matmul"] == "default" and result["args"]["initial_states"] == "simulator"
 
 
 def test_log(finished):
@@ -250,7 +253,7 @@ def test_seeds(tiny, monkeypatch):
     assert_same_run(first, again)
     other, base = checkpoint(tiny(seed=1))["agent"], checkpoint(first)["agent"]
     same = [k for k, v in base.items() if torch.equal(v, other[k])]
-    assert {k for k in same if base[k].dim() > 1} == set()
+    assert {k for k in same if base[k].dim() > 1} == {"real_rows"}  # not drawn
     rarely = checkpoint(tiny(eval_every=24, log_every=7))
     assert_same(rarely["agent"], base)
     before = torch.get_num_threads()
@@ -263,10 +266,19 @@ def test_seeds(tiny, monkeypatch):
         assert torch.allclose(value.double(), base[name].double(), atol=1e-4), name
 
 
+def test_weights_are_saved(finished):
+    """miw.npz holds the log of weights of mean one; miw.png is a picture of them."""
+    with np.load(finished / "miw.npz") as saved:
+        assert saved.files == ["12"] and saved["12"].shape == (2, 285)
+        assert np.exp(saved["12"]).mean(1) == pytest.approx(1, abs=1e-5)
+    image = Image.open(finished / "miw.png")
+    assert image.size == (720, 480) and len(np.unique(np.array(image))) > 10
+
+
 # --- learners do not touch each other ---
 
 
-class Disturbed(ampl.Agent):
+class Disturbed(ampl.AMPL):
     """Learner 1 starts from other weights, everywhere."""
 
     epochs = 4
@@ -278,7 +290,7 @@ class Disturbed(ampl.Agent):
                 p[1] += 0.3 * torch.randn(p[1].shape, generator=torch.Generator().manual_seed(5))
 
 
-class Plain(ampl.Agent):
+class Plain(ampl.AMPL):
     epochs = 1
 
 
@@ -300,7 +312,7 @@ def test_learners_are_isolated_through_a_whole_run(tiny, monkeypatch):
     monkeypatch.setattr(ampl, "holdout_loss", fake_holdout)
     runs = []
     for kind in (Plain, Disturbed):
-        monkeypatch.setattr(ampl, "Agent", kind)
+        monkeypatch.setattr(ampl, "AMPL", kind)
         runs.append(tiny(num_seeds=2, model_patience=1, model_max_epochs=6))
     fits = [sum(r["phase"] == "model fit 0" for r in log_rows(f)) for f in runs]
     assert fits == [3, 5]  # epochs until both learners had stopped
@@ -351,7 +363,7 @@ def test_resume_is_exact_wherever_the_run_was_cut(tiny, tmp_path, monkeypatch):
     changes = dict(num_seeds=2, model_patience=1, model_max_epochs=6, checkpoint_every=2)
     changes |= dict(log_every=1)  # so that no iteration lies between a fit and the cut after it
     monkeypatch.setattr(ampl, "holdout_loss", fake_holdout)
-    monkeypatch.setattr(ampl, "Agent", Disturbed)
+    monkeypatch.setattr(ampl, "AMPL", Disturbed)
     whole = tiny(**changes)
     rows, seen = log_rows(whole), set()
     first, last = {}, {}
@@ -398,6 +410,17 @@ def test_resume_after_the_end_and_after_a_second_cut(tiny, tmp_path, monkeypatch
         )
         resume(folder)
     assert_same_run(resume(folder), whole)
+
+
+def test_a_finished_run_goes_on(tiny, monkeypatch):
+    """--resume with a larger --total-iterations: the same as if it had been asked for at once."""
+    whole, folder = tiny(), tiny(total_iterations=16)
+    argv = ["--resume", str(folder), "--total-iterations"]
+    with pytest.raises(ampl.UserError, match="takes all flags from the run"):
+        ampl.resumed_args(ampl.parse_args([*argv, "15"]))
+    ampl.train(ampl.resumed_args(ampl.parse_args([*argv, "24"])))
+    assert_same_run(folder, whole)
+    assert ampl.load_args(folder).total_iterations == 24
 
 
 def test_plain_miw_steps_resume(tiny, tmp_path, monkeypatch):
@@ -488,7 +511,7 @@ def test_sigkill_at_any_moment(victim, tiny, tmp_path, monkeypatch):
         if (folder / "checkpoint.pt").exists():
             assert_same_run(resume(folder), whole)
         else:
-            with pytest.raises(ampl.UserError, match="no checkpoint yet"):
+            with pytest.raises(ampl.UserError, match="no checkpoint yet|not a run folder"):
                 resume(folder)
 
 
@@ -785,7 +808,7 @@ def test_dynamics_from_a_wrong_place(tiny, finished, tmp_path, dataset):
     for changes, words in [
         (dict(dataset_path=str(other)), "another dataset"),
         (dict(model_hidden=17), "does not fit"),
-        (dict(num_seeds=3), "does not fit"),
+        (dict(num_seeds=3), "holds 2 models"),
         (dict(ensemble_size=4), "does not fit"),
         (dict(dynamics_from=str(tmp_path)), "does not exist"),
         (dict(dynamics_from=str(damaged)), "damaged"),
@@ -1096,16 +1119,16 @@ def test_equation_tags():
 
 
 def test_no_pickle():
-    """torch.load says weights_only=True, np.load and pickle do not occur."""
+    """torch.load says weights_only=True, np.load allow_pickle=False; pickle does not occur."""
     loads = [
         n for n in ast.walk(TREE)
         if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == "load"
     ]  # fmt: skip
     assert len(loads) >= 3
     for call in loads:
-        assert ast.unparse(call.func) == "torch.load"
-        assert ("weights_only", True) in {(k.arg, k.value.value) for k in call.keywords
-                                          if isinstance(k.value, ast.Constant)}  # fmt: skip
+        flag = {"torch.load": ("weights_only", True), "np.load": ("allow_pickle", False)}
+        given = {(k.arg, k.value.value) for k in call.keywords if isinstance(k.value, ast.Constant)}
+        assert flag[ast.unparse(call.func)] in given
     assert imports() & {"pickle", "joblib", "dill", "cloudpickle", "shelve", "marshal"} == set()
 
 
@@ -1146,7 +1169,7 @@ def stepped(device, graphs, steps):
     """State and logs of an agent after `steps` of every kind of step."""
     args = ampl.Args(**TINY | dict(cuda=True, cuda_graphs=graphs, num_seeds=2, noise_dim=2))
     device = torch.device(device)
-    agent = ampl.Agent(args, 4, 2, device)
+    agent = ampl.AMPL(args, 4, 2, device)
     data = torch.rand(300, 12, generator=torch.Generator().manual_seed(0)).to(device)
     rule = ampl.TerminationRule(
         ampl.known_termination(ENV)[0], torch.full((4,), 2.0, device=device), data.new_tensor(9.0)
@@ -1191,7 +1214,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 )
 def test_graphs_replay_what_plain_steps_compute(device, steps, tolerance):
     """Parameters, buffer and logs after iterations, model steps, MIW steps and rollouts."""
-    first = ampl.Agent(ampl.Args(**TINY | dict(num_seeds=2)), 4, 2, torch.device("cpu"))
+    first = ampl.AMPL(ampl.Args(**TINY | dict(num_seeds=2)), 4, 2, torch.device("cpu"))
     eager, replayed = stepped(device, False, steps), stepped(device, True, steps)
     assert eager.keys() == replayed.keys()
     for name, value in eager.items():

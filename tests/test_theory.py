@@ -230,6 +230,11 @@ class TablePolicy(nn.Module):
         return 20.0 * nn.functional.one_hot(number, self.cumulative.shape[1] + 1)
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(ampl, "save_weight", lambda run, weight: None)
+
+
 class StubRun:
     """Takes the place of the run folder."""
 
@@ -268,7 +273,7 @@ class Toy:
         settings = dict(hidden=(32, 32), miw_lr=2e-3, miw_alpha=1.0, gamma=0.8, cuda=False,
                         model_hidden=4, buffer_size=1, miw_tau=0.1)  # fmt: skip
         self.args = ampl.Args(**(settings | changes))
-        self.agent = ampl.Agent(self.args, 4, 2, CPU)
+        self.agent = ampl.AMPL(self.args, 4, 2, CPU)
         self.agent.actor = TablePolicy(self.pi)
         self.set_q(q_values(self.m, self.pi))
 
@@ -335,7 +340,7 @@ def test_tables_equal_the_plain_loop_without_noise():
     data[:, -1] = (data[:, -1] < 0.1).float()
     initial_obs, results = torch.rand(1100, 3), []
     for use_tables in (False, True):
-        agent = ampl.Agent(args, 3, 2, CPU)
+        agent = ampl.AMPL(args, 3, 2, CPU)
         agent.critic_slow.load_state_dict(agent.critic.state_dict())
         tables = None
         if use_tables:
