@@ -12,10 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import sync
 import test_runs
 import torch
+from PIL import Image
 from test_runs import TINY, assert_same, checkpoint, folder_in, log_rows
 
 dataset = test_runs.dataset
@@ -384,3 +386,27 @@ def test_sync_reports_a_clash(tree):
     for file in FILES:
         assert f"ablations/{file}: CONFLICT" in done.stdout
         assert "<<<<<<<" in (tree / "ablations" / file).read_text()
+
+
+def test_figure2_draws_the_quartiles_of_each_run(tmp_path):
+    """Known weights give known quartiles, learner 0's, per re-training; one panel per run."""
+    runs = [tmp_path / "env__ampl__0__a", tmp_path / "env__ampl_vpm__0__b"]
+    for scale, run in enumerate(runs, 1):
+        run.mkdir()
+        logs = scale * np.stack([np.arange(-2.0, 3.0), np.zeros(5)])  # learner 1 is not shown
+        np.savez(run / "miw.npz", **{"100": logs, "200": logs + 1})
+    command = [sys.executable, str(sync.ROOT / "tests" / "figure2.py"), str(tmp_path / "out.png")]
+    done = subprocess.run([*command, *map(str, runs)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:4] == [
+        "ampl, iteration 100: quartiles -1.000, 0.000, 1.000; from -2.00 to 2.00",
+        "ampl, iteration 200: quartiles 0.000, 1.000, 2.000; from -1.00 to 3.00",
+        "ampl_vpm, iteration 100: quartiles -2.000, 0.000, 2.000; from -4.00 to 4.00",
+        "ampl_vpm, iteration 200: quartiles -1.000, 1.000, 3.000; from -3.00 to 5.00",
+    ]
+    with Image.open(tmp_path / "out.png") as picture:
+        assert picture.size == (700, 350)  # two panels of 3.5 inches at 100 dots
+        assert len(picture.convert("RGB").getcolors(100_000)) > 10  # not a blank page
+
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 1 and "holds no miw.npz" in done.stderr
