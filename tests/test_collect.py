@@ -361,6 +361,24 @@ def test_a_return_out_of_reach_is_one_sentence(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_return_out_of_reach_can_be_reached_with_more_steps(tmp_path, monkeypatch):
+    """What SAC has done until then is not lost: --resume with more steps gives the same file."""
+
+    def evaluate(policy, args, learner, step, episodes):
+        return np.full(10, 2000.0 if step >= 100 else 0.0)
+
+    monkeypatch.setattr(collect, "evaluate", evaluate)
+    monkeypatch.setattr(collect.SACCollection, "save_every", 20)
+    settings = dict(env_id="hopper-medium-v2", random_steps=40, eval_every=20, steps=30) | TINY
+    once, again = (str(tmp_path / name) for name in ("once.hdf5", "again.hdf5"))
+    collect.collect(collect.Args(output=once, sac_steps=200, **settings))
+    with pytest.raises(collect.UserError, match="did not reach"):
+        collect.collect(collect.Args(output=again, sac_steps=80, **settings))
+    assert Path(again + ".partial.pt").exists() and not Path(again).exists()
+    collect.collect(collect.Args(output=again, sac_steps=200, resume=True, **settings))
+    assert Path(again).read_bytes() == Path(once).read_bytes()
+
+
 def test_medium_returns():
     defaults = [collect.medium_return(collect.Args(env_id=f"{f}-medium-v2"))
                 for f in ("hopper", "halfcheetah", "walker2d")]  # fmt: skip
