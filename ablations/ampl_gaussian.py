@@ -1839,9 +1839,9 @@ def choose_cpu_matmul(args: Args) -> str:
     The setting permits bf16. Processors without AMX compute in fp32 all the same, twice as fast as
     the default on AMD; those with AMX do not. So the results are compared with float64.
     """
+    set_cpu_matmul("oneDNN" if args.cpu_fast_matmul else "default")
     if not args.cpu_fast_matmul:
         return "default"
-    set_cpu_matmul("oneDNN")
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(s, generator=generator) for s in ((2, 512, 400), (2, 400, 300)))
     error = 0.0

@@ -1240,3 +1240,14 @@ def test_a_whole_run_on_cuda_resumes(tiny, tmp_path, monkeypatch):
         a, b = checkpoint(folder)["agent"], checkpoint(whole)["agent"]
         for name, value in a.items():
             assert torch.allclose(value.double(), b[name].double(), atol=1e-4), (phase, name)
+
+
+def test_the_cpu_product_is_the_chosen_one_whatever_ran_before():
+    """A run that refuses oneDNN gets the default, also after one in this process that used it."""
+    ampl.set_cpu_matmul("oneDNN")
+    assert ampl.choose_cpu_matmul(ampl.Args(cpu_fast_matmul=False)) == "default"
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"
+    chosen = ampl.choose_cpu_matmul(ampl.Args())
+    on = torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert on == (chosen == "oneDNN")
+    ampl.set_cpu_matmul("default")
