@@ -188,7 +188,7 @@ def parse_args():
         raise UserError(f"no recipe for --env-id {args.env_id}; the nearest: {', '.join(near)}")
     fewest = 10 * MAZE2D_TASKS[args.env_id].limit if args.env_id in MAZE2D_TASKS else 1
     if args.steps < fewest:
-        raise UserError(f"--steps {args.steps} is too small: some trajectories need {fewest}")
+        raise UserError(f"--steps {args.steps} is too few rows: at least {fewest}")
     if not 0 <= args.seed < 2**63 or not 0 <= args.gzip <= 9:
         raise UserError("--seed must be from 0 to 2**63 - 1 and --gzip from 0 to 9")
     may_be_zero = {"gzip", "action_noise", "random_steps", "gamma", "threads"}

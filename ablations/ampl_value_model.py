@@ -2471,16 +2471,17 @@ def evaluate_run(args: Args) -> None:
         record_episode(policies[0], saved.env_id, Path(args.evaluate) / "episode.gif")
 
 
-def resumed_args(args: Args) -> Args:
+def resumed_args(argv: list[str]) -> Args:
     """The arguments of the run to be resumed. Raises UserError if flags ask for others.
 
     Only --total-iterations may grow: where a run will end matters for its last evaluation alone.
     """
-    default = parse_args([])
+    args, default = parse_args(argv), parse_args([])
     check_args(dataclasses.replace(args, total_iterations=default.total_iterations))
     saved = load_args(args.resume)
     own = {"resume": args.resume}
-    if default.total_iterations != args.total_iterations > saved.total_iterations:
+    longer = any(word.replace("_", "-").startswith("--total-iterations") for word in argv)
+    if longer and args.total_iterations > saved.total_iterations:
         own["total_iterations"] = args.total_iterations
     for name, value in vars(args).items():
         if name not in own and value not in (getattr(saved, name), getattr(default, name)):
@@ -2492,11 +2493,11 @@ def resumed_args(args: Args) -> Args:
 def main() -> None:
     """The command line. A UserError is one sentence on stderr and exit status 2."""
     try:
-        args = parse_args()
+        args = parse_args(sys.argv[1:])
         if args.evaluate is not None:
             evaluate_run(args)
         elif args.resume is not None:
-            train(resumed_args(args))
+            train(resumed_args(sys.argv[1:]))
         else:
             train(args)
     except UserError as error:

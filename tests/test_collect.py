@@ -137,7 +137,7 @@ COLLECTED = {
     "walker2d-medium-replay-v2": {},
     "hopper-medium-expert-v2": dict(steps=150),
     "walker2d-expert-v2": dict(steps=200),
-    JUMP: dict(sac_steps=2_100, random_steps=1_950),
+    JUMP: dict(sac_steps=2_100, random_steps=1_950, eval_every=1_000),
     ANT: dict(sac_steps=500, random_steps=300),
 }
 SETTINGS = dict(sac_steps=200, random_steps=100, eval_every=100, medium_return=-1e3, seed=1)
@@ -235,6 +235,15 @@ def test_both_policies_of_medium_expert(collected):
     assert (columns["terminals"] | columns["timeouts"])[149]
     assert attributes["medium_policy_steps"] == 100 and attributes["expert_policy_steps"] == 200
     assert attributes["medium_policy_sha256"] != attributes["expert_policy_sha256"]
+    # SAC is looked at until its end, and the file keeps what was seen.
+    steps, seen = attributes["eval_steps"], attributes["eval_returns"]
+    assert list(steps) == [100, 200]
+    assert seen[list(steps).index(100)] == attributes["medium_policy_return"]
+    assert seen[-1] == attributes["expert_policy_return"]
+    assert (
+        f"mean return of the whole episodes {attributes['mean_return']:.1f}"
+        in (attributes["recollected"])
+    )
 
 
 def test_relabelled_rewards_of_jump(collected):
@@ -286,6 +295,12 @@ def test_batch_statistics(env_id, collected, capsys):
     returns = [part.sum() for part in np.split(columns["rewards"].astype(float), ends + 1)][:-1]
     assert attributes["mean_return"] == pytest.approx(np.mean(returns))
     assert attributes["max_return"] == pytest.approx(np.max(returns))
+    every = {JUMP: [1000, 2000, 2100], ANT: [100, 200, 300, 400, 500]}  # and the last step
+    assert list(attributes["eval_steps"]) == every[env_id] and len(attributes["eval_returns"]) > 2
+    own = np.split(columns["infos/behaviour_rewards"].astype(float), ends + 1)[:-1]
+    own = np.mean([part.sum() for part in own])
+    assert attributes["mean_behaviour_return"] == pytest.approx(own)
+    assert f"in SAC's own task {own:.1f}" in attributes["recollected"]
     collection = collect.SACCollection(collect.Args(env_id=env_id, sac_steps=10, **TINY))
     mean, most = collect.OOD_STATISTICS[env_id]
     said = collection.summary(columns)
@@ -436,9 +451,9 @@ def test_sigkill_and_resume_give_the_same_bytes(tmp_path, whole):
     process.wait()
     assert partial.exists() and not cut.exists()
     again = FLAGS | TINY | dict(output=str(cut))
-    with pytest.raises(SystemExit, match="stopped run"):
+    with pytest.raises(collect.UserError, match="stopped run"):
         collect.collect(collect.Args(**again))
-    with pytest.raises(SystemExit, match="settings"):
+    with pytest.raises(collect.UserError, match="settings"):
         collect.collect(collect.Args(**again | dict(seed=4, resume=True)))
     collect.collect(collect.Args(**again | dict(resume=True)))
     assert cut.read_bytes() == whole
@@ -468,6 +483,86 @@ def test_resume_at_any_save(saves, tmp_path, monkeypatch, whole):
     assert path.read_bytes() == whole
 
 
+def test_resume_of_uniform_actions(tmp_path, monkeypatch):
+    """Where no SAC is trained."""
+    settings = TINY | dict(env_id="hopper-random-v2", steps=120, save_every=20)
+    once, again = (str(tmp_path / name) for name in ("once.hdf5", "again.hdf5"))
+    collect.collect(collect.Args(output=once, **settings))
+    save = collect.SACCollection.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collect.SACCollection, "save", lambda *a: (save(*a), stop_now()))
+        collect.collect(collect.Args(output=again, **settings))
+    collect.collect(collect.Args(output=again, resume=True, **settings))
+    assert Path(again).read_bytes() == Path(once).read_bytes()
+
+
+def stop_now():
+    raise KeyboardInterrupt
+
+
+def test_resume_needs_steps_to_take(tmp_path, monkeypatch):
+    """An unfinished SAC with as many rows as --sac-steps must not pass for a finished one."""
+    settings = TINY | dict(
+        env_id="halfcheetah-medium-replay-v2", random_steps=10, eval_every=5000, save_every=900,
+        output=str(tmp_path / "x.hdf5"),
+    )  # fmt: skip
+    monkeypatch.setattr(collect, "evaluate", lambda *args: np.zeros(10))
+    save = collect.SACCollection.save
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(collect.SACCollection, "save", lambda *a: (save(*a), stop_now()))
+        collect.collect(collect.Args(sac_steps=2000, **settings))
+    for steps in (1000, 900):
+        with pytest.raises(collect.UserError, match="--sac-steps must exceed the 1000 of"):
+            collect.collect(collect.Args(sac_steps=steps, resume=True, **settings))
+
+
+def test_resume_keeps_the_settings_of_the_processor(tmp_path, monkeypatch):
+    args = collect.Args(**FLAGS, **TINY)
+    collection = collect.SACCollection(args)
+    collection.matmul = "as saved"
+    collection.save(tmp_path / "x.pt")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    seen = []
+    monkeypatch.setattr(collect, "set_cpu_matmul", seen.append)
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    fresh = collect.SACCollection(args)
+    seen.clear()
+    fresh.load(tmp_path / "x.pt")
+    assert seen == ["as saved", 1] and fresh.matmul == "as saved"
+
+
+def test_diverged_training_is_one_sentence_and_leaves_no_file(tmp_path):
+    settings = TINY | dict(env_id="hopper-medium-replay-v2", sac_steps=200, random_steps=40)
+    args = collect.Args(
+        output=str(tmp_path / "x.hdf5"), eval_every=100, critic_lr=1e30, actor_lr=1e30, **settings
+    )
+    with pytest.raises(collect.UserError, match="is not finite after 100 steps of SAC"):
+        collect.collect(args)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c_saves_and_a_second_one_stops(tmp_path, monkeypatch, whole):
+    """The first Ctrl-C waits for the end of the episode, then saves; nothing is lost."""
+    path, add_row = tmp_path / "x.hdf5", collect.SACCollection.add_row
+    args = FLAGS | TINY | dict(output=str(path), save_every=10_000)
+    presses = {"once": [60], "twice": [60, 61]}
+
+    def press(self):
+        add_row(self)
+        if self.count in presses[mode]:
+            signal.raise_signal(signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    for mode in ("twice", "once"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(collect.SACCollection, "add_row", press)
+            collect.collect(collect.Args(**args))
+        assert Path(f"{path}.partial.pt").exists() == (mode == "once")
+        assert signal.getsignal(signal.SIGINT) is handler
+    collect.collect(collect.Args(**args | dict(resume=True)))
+    assert path.read_bytes() == whole
+
+
 # ---- bad input
 
 BAD = {
@@ -486,11 +581,13 @@ BAD = {
     "nothing to resume": ("--resume", "nothing to resume"),
     "damaged": ("--resume --output {tmp}/y.hdf5", "damaged"),
     "foreign": ("--resume --output {tmp}/z.hdf5", "damaged"),
+    "too many SAC steps": ("--sac-steps 10000000000000", "memory"),
+    "seed": ("--seed 9223372036854775808", "2**63"),
 }
 
 
 @pytest.mark.parametrize("flags, says", BAD.values(), ids=BAD.keys())
-def test_bad_input_is_one_sentence(flags, says, tmp_path, monkeypatch):
+def test_bad_input_is_one_sentence(flags, says, tmp_path, monkeypatch, capsys):
     (tmp_path / "there").write_bytes(b"precious")
     (tmp_path / "y.hdf5.partial.pt").write_bytes(b"PK rubbish")
     torch.save({"other": 1}, tmp_path / "z.hdf5.partial.pt")
@@ -499,8 +596,9 @@ def test_bad_input_is_one_sentence(flags, says, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["collect.py", *defaults, *flags.format(tmp=tmp_path).split()])
     with pytest.raises(SystemExit) as stop:
         collect.main()
-    message = str(stop.value.code)
-    assert says in message and message.endswith(".") and "\n" not in message
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert says in message and message.startswith("collect.py: ") and message.count("\n") == 1
     assert (tmp_path / "there").read_bytes() == b"precious"
     assert {p.name for p in tmp_path.iterdir()} == files
 

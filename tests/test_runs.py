@@ -417,8 +417,9 @@ def test_a_finished_run_goes_on(tiny, monkeypatch):
     whole, folder = tiny(), tiny(total_iterations=16)
     argv = ["--resume", str(folder), "--total-iterations"]
     with pytest.raises(ampl.UserError, match="takes all flags from the run"):
-        ampl.resumed_args(ampl.parse_args([*argv, "15"]))
-    ampl.train(ampl.resumed_args(ampl.parse_args([*argv, "24"])))
+        ampl.resumed_args([*argv, "15"])
+    assert ampl.resumed_args([*argv, "1000000"]).total_iterations == 1_000_000  # the default, too
+    ampl.train(ampl.resumed_args([*argv, "24"]))
     assert_same_run(folder, whole)
     assert ampl.load_args(folder).total_iterations == 24
 
@@ -1009,10 +1010,10 @@ def test_bad_command_lines(line, words, places, dataset, tmp_path, monkeypatch, 
 def test_the_flags_of_the_run_may_be_repeated_with_resume(finished, dataset, monkeypatch):
     """Arrow up, `--resume <run>`, return."""
     changes = TINY | dict(dataset_path=dataset, run_dir=finished.parent, num_seeds=2)
-    args = ampl.parse_args([*flags(**changes), "--resume", str(finished)])
+    argv = [*flags(**changes), "--resume", str(finished)]
     expected = dataclasses.replace(ampl.load_args(finished), resume=str(finished))
-    assert ampl.resumed_args(args) == expected
-    assert ampl.resumed_args(ampl.parse_args(["--resume", str(finished)])) == expected
+    assert ampl.resumed_args(argv) == expected
+    assert ampl.resumed_args(["--resume", str(finished)]) == expected
 
 
 def test_a_typo_keeps_tyros_message(capsys):
