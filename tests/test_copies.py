@@ -71,3 +71,11 @@ def test_sync_carries_a_change_into_one_definition():
     merged, conflict = sync.merge_definitions(base, fixed, sibling)
     assert merged == sibling.replace("return 2", "return 20") and not conflict
     assert sync.merge_definitions(base, fixed, sibling.replace("return 2", "return -2"))[1]
+
+
+def test_readme_counts_the_lines_of_every_ablation():
+    """ "[6 new, 198 gone]" in README's table is what the ledger holds."""
+    for name, text in sync.ledgers().items():
+        signs = [line[:2] for line in text.splitlines()]
+        counts = f"[{signs.count('+ ')} new, {signs.count('- ')} gone](tests/lineage/{name})"
+        assert counts in README, counts
