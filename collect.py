@@ -1509,17 +1509,20 @@ def add_rows(collection, partial, save_every):
     """
     first, start = collection.count, time.perf_counter()
     saved = first
-    with tqdm(initial=first, total=collection.total(), unit=" rows") as bar, noticing_ctrl_c() as c:
+    with (
+        noticing_ctrl_c() as pressed,
+        tqdm(initial=first, total=collection.total(), unit=" rows") as bar,
+    ):
         while collection.count < collection.total():
             collection.add_row()
             bar.update()
             # A tenth of all rows: else the writing of what is there would take most of the time.
             every = save_every or max(collection.save_every, collection.count // 10)
-            due = c or collection.count - saved >= every
+            due = pressed or collection.count - saved >= every
             if due and collection.may_save() and collection.count < collection.total():
                 collection.save(partial)
                 saved = collection.count
-                if c:
+                if pressed:
                     raise KeyboardInterrupt
         bar.total = collection.total()
     return (collection.count - first) / (time.perf_counter() - start)
