@@ -546,14 +546,11 @@ def test_ctrl_c_and_sigkill_from_outside(tmp_path, dataset, monkeypatch, request
     changes = TINY | dict(total_iterations=200, dataset_path=dataset, checkpoint_every=40)
     changes |= dict(eval_every=20, eval_episodes=1, final_episodes=1)
     monkeypatch.setattr(ampl, "plot_curves", lambda run: None)
-    interrupted = start(*flags(**changes, run_dir=tmp_path / "int"))
-    changes["eval_workers"] = 1
-    killed = start(*flags(**changes, run_dir=tmp_path / "kill"))
-    request.addfinalizer(interrupted.kill)
-    request.addfinalizer(killed.kill)
-    ampl.train(ampl.Args(**changes | dict(run_dir=str(tmp_path / "whole"), eval_workers=0)))
+    # One after the other: on one core a run could end before its first lines are read.
+    ampl.train(ampl.Args(**changes | dict(run_dir=str(tmp_path / "whole"))))
     whole = folder_in(tmp_path / "whole")
-
+    interrupted = start(*flags(**changes, run_dir=tmp_path / "int"))
+    request.addfinalizer(interrupted.kill)
     lines = iter(interrupted.stdout.readline, "")
     assert any("score" in line for line in lines if line.startswith("iteration"))
     interrupted.send_signal(signal.SIGINT)
@@ -565,6 +562,8 @@ def test_ctrl_c_and_sigkill_from_outside(tmp_path, dataset, monkeypatch, request
     assert checkpoint(folder)["iteration"] < 200
     assert_same_run(resume(folder), whole)
 
+    killed = start(*flags(**changes, eval_workers=1, run_dir=tmp_path / "kill"))
+    request.addfinalizer(killed.kill)
     lines = iter(killed.stdout.readline, "")
     assert any("score" in line for line in lines if line.startswith("iteration"))
     workers = [c for c in children(killed.pid) if Path(f"/proc/{c}").exists()]
