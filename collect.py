@@ -103,7 +103,7 @@ class Args:
     """continue a stopped collection; the file comes out as if it had never stopped"""
     save_every: int | None = None
     """rows between two saves of the state that --resume starts from; SAC saves between episodes
-    (default: maze2d 100,000, a few seconds; SAC 10,000, two minutes; later a tenth of all rows)"""
+    (default: 100,000; while SAC learns 10,000, two minutes)"""
     gzip: int = 4
     """compression level from 0 to 9: more is smaller and slower"""
     infos: bool = True
@@ -535,10 +535,9 @@ class Maze2dCollection:
         return {**self.rows, "rewards": rewards, "terminals": terminals}
 
     def attributes(self, columns):
-        """What the file is, and which quirks of D4RL's own file it has."""
+        """What the file is, and the quirks of D4RL's own file that it always has."""
         return {
             "recollected": RECOLLECTED,
-            "quirk_row_repeated_after_a_goal_switch": recipe_of(self.args)["quirks"],
             "quirk_one_row_trajectories": "kept: a new goal in the old cell is reached at once",
             "quirk_rewards_of_the_present_state": "kept: rewards[t] is of observations[t]",
         }
@@ -1157,7 +1156,6 @@ class SACCollection:
     """All that the next row depends on; it can be saved between episodes, as those have seeds."""
 
     partial = ".partial.pt"
-    save_every = 10_000
 
     def __init__(self, args):
         if args.threads:
@@ -1194,6 +1192,11 @@ class SACCollection:
         """Rows of the whole collection; while SAC runs, at most."""
         sac = self.args.sac_steps if self.learning() else self.parts["SAC"].count
         return sac + len(self.task.policies) * self.args.steps
+
+    @property
+    def save_every(self):
+        """Rows between two saves: what two minutes take while SAC learns, a minute afterwards."""
+        return 10_000 if self.learning() else 100_000
 
     def active(self):
         """The recording that gets the next row."""
@@ -1404,7 +1407,8 @@ def recipe_of(args):
     modules = [mujoco, np]
     if args.env_id in MAZE2D_TASKS:
         recipe["action_noise"] = args.action_noise
-        recipe["quirks"] = "kept" if args.keep_quirks else "repaired"
+        quirk = "kept" if args.keep_quirks else "repaired"
+        recipe["quirk_row_repeated_after_a_goal_switch"] = quirk
     else:
         modules += [gymnasium, torch]
     if args.env_id in SAC_TASKS and SAC_TASKS[args.env_id].until is not None:
@@ -1516,9 +1520,7 @@ def add_rows(collection, partial, save_every):
         while collection.count < collection.total():
             collection.add_row()
             bar.update()
-            # A tenth of all rows: else the writing of what is there would take most of the time.
-            every = save_every or max(collection.save_every, collection.count // 10)
-            due = pressed or collection.count - saved >= every
+            due = pressed or collection.count - saved >= (save_every or collection.save_every)
             if due and collection.may_save() and collection.count < collection.total():
                 collection.save(partial)
                 saved = collection.count

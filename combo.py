@@ -202,7 +202,7 @@ class Args:
     select_real_fraction: tuple[float, ...] = (0.5, 0.8)
     """values of f that --select tries (recalled)"""
     probe_uncertainty: str | None = None
-    """only draw the paper's Figure 2 for this run folder's model: predicted std and true error"""
+    """only draw a figure after the paper's Figure 2: predicted std and true error of a run's model"""
 
     # --- evaluation ---
     eval_every: int = 1000
@@ -732,9 +732,7 @@ def update_conservative_critic(agent: COMBO, batch: Batch, args: Args) -> dict[s
     """One step of both critics. -> logs [L]"""
     in_data, in_rho = rows_of_rho(agent, args)
     # Rows that are data for every learner may be no states of rho: they are not evaluated then.
-    first = 0
-    if args.rho_states == "model":
-        first = min(real_row_counts(args))
+    first = min(real_row_counts(args)) if args.rho_states == "model" else 0
     obs, next_obs, in_rho = batch.obs[:, first:], batch.next_obs[:, first:], in_rho[:, first:]
     with torch.no_grad():
         next_action, _ = agent.actor.sample(batch.next_obs)
@@ -2268,10 +2266,8 @@ def regularizer(agent: COMBO, data: Tensor, args: Args, rows: int = 10_000) -> T
     ours.
     """
     in_data, in_rho = rows_of_rho(agent, args)
-    total, batches = (
-        torch.zeros(agent.learners, device=agent.device),
-        max(1, rows // args.batch_size),
-    )
+    total = torch.zeros(agent.learners, device=agent.device)
+    batches = max(1, rows // args.batch_size)
     for _ in range(batches):
         batch = agent.sample(data, args.batch_size)
         q_rho = agent.critic(batch.obs, agent.actor.sample(batch.obs)[0])

@@ -345,7 +345,8 @@ def test_file_layout_and_default_name(tmp_path, monkeypatch):
         file.visititems(lambda name, item: layout.update({name: item}))
         shapes = {k: (v.shape, v.dtype.str) for k, v in layout.items() if k != "infos"}
         obs, rewards = file["observations"][:], file["rewards"][:]
-        assert dict(file.attrs)["quirks"] == "repaired" and file.attrs["seed"] == 7
+        assert file.attrs["quirk_row_repeated_after_a_goal_switch"] == "repaired"
+        assert file.attrs["seed"] == 7
         assert sum(name.startswith("quirk_") for name in file.attrs) == 3
     two, one = (3_000, 2), (3_000,)
     assert shapes == {
