@@ -21,13 +21,15 @@ Algorithm 1, in the order of the authors' code, with the equations as they are t
         every `rollout_every`: roll the policy out in the model into a FIFO buffer
         sample a batch, a part from the data and the rest from the buffer
         critics:       regress on a conservative target                               Eq. (12), (13)
+        GAN pairs:     the data's (s, a) and the policy's (s, a), (s', a')            Eq. (14)
         policy:        maximise Q, and fool the discriminator                         Eq. (15), (17)
-        discriminator: tell the data's (s, a) from the policy's (s, a), (s', a')      Eq. (14), (16)
+        discriminator: tell the two kinds of pairs apart                              Eq. (16)
 
-`# Paper: ... Code: ... Here: ...` marks a place where the paper and the authors' released code
+`# Paper: ... Code: ... Here: ...` marks a place where the paper's main text and the authors' code
 (Shentao-YANG/AMPL_NeurIPS2022) differ, and says what this file does. Eq. (1)-(3), (5) and (7)-(9)
-are theory and have no line. What follows `main` may be skipped: of it the method uses `make_env`,
-`reseed` (a seed for each phase) and `capture` (a step as a CUDA graph; on a CPU the step itself).
+are theory and have no line. What follows `main` may be skipped. The method uses of it: `reseed` (a
+seed for each phase), `capture` (a step as a CUDA graph; on a CPU the step itself), `make_env` and
+`known_termination` (a task's simulator and its rule of ending), `load_dataset` and `Run`.
 
 Run: `python ampl.py --env-id pen-human-v1`. Settings of the paper's sixteen tasks: `PAPER`.
 """
@@ -59,17 +61,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+
 # ===== 1. Arguments ===============================================================================
-
-
 @dataclasses.dataclass
 class Args:
     # --- experiment ---
     env_id: str = "maze2d-umaze-v1"  # a task of PAPER or D4RL, or a gymnasium id + --dataset-path
-    seed: int = 0  # learner i is reported as seed + i, but is not the run of that seed
+    seed: int = 0  # learner i is labelled seed + i; alone, --seed seed+i gives another run
     num_seeds: int = 1  # independent learners trained side by side (the paper reports 5)
     total_iterations: int = 1_000_000  # of the main loop (authors' code: 1000 epochs of 1000)
     run_dir: str = "runs"  # folder that receives the run's own folder
@@ -93,24 +97,24 @@ class Args:
     model_hidden: int = 200  # width of the four hidden layers (authors' code)
     model_lr: float = 1e-3  # Adam (authors' launch script; their program's 3e-4 is never used)
     model_batch_size: int = 128  # rows per member and step (authors' code)
-    model_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # of each layer
+    model_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # per layer (code)
     model_epoch_steps: int = 1000  # steps between two looks at the hold-out error (authors' code)
     model_patience: int = 10  # epochs in which no member improved that end a fit (authors' code)
     model_max_epochs: int = 10_000  # at most this many epochs per fit (authors' code)
-    holdout_size: int = 8092  # rows held out, at most a fifth of the data (authors' code)
+    holdout_size: int = 8092  # rows held out (sic), at most a fifth (authors' code)
     model_retrain_every: int = 100_000  # iterations between two weighted re-trainings (paper)
     # --- rollouts ---
     horizon: int = 3  # model steps per rollout (authors' launch script, per task)
-    rollout_every: int = 250  # iterations between two refreshes of the buffer (authors' code)
-    rollout_rows: int = 32_000  # transitions per refresh: 128 per iteration (authors' code)
-    buffer_size: int = 640_000  # rows of model data, first in first out (authors' code)
-    real_fraction: float = 0.5  # share f of real rows in a batch: 1 at first, then less (paper)
+    rollout_every: int = 250  # iterations between two refreshes of the buffer (launch script)
+    rollout_rows: int = 32_000  # transitions per refresh: 128 per iteration (launch script)
+    buffer_size: int = 640_000  # rows of model data, first in first out (launch script)
+    real_fraction: float = 0.5  # share f of real rows in a batch, once it has fallen from 1 (paper)
     real_decay_every: int = 5000  # it falls by 0.1 every this many iterations (authors' code)
     shared_rollout_action: bool = False  # a whole batch gets one action (authors' code: a bug)
     # --- critic ---
     gamma: float = 0.99  # discount (authors' code)
     tau: float = 0.005  # Polyak rate of the target critic and target policy (authors' code)
-    batch_size: int = 512  # rows per iteration (authors' code)
+    batch_size: int = 512  # rows per iteration (authors' launch script)
     critic_lr: float = 3e-4  # Adam (authors' code)
     critic_grad_norm: float = 0.1  # gradient norm of both critics together (authors' code)
     critic_huber_delta: float = 500.0  # Huber threshold, in effect half a square (authors' code)
@@ -149,10 +153,8 @@ class Args:
     cpu_fast_matmul: bool = True  # oneDNN for fp32 products, where a self-check finds fp32 accuracy
     threads: int = 0  # CPU threads of torch; 0 leaves torch's default
 
-    without = ()  # how flags begin that an ablation has no use for
 
-
-# Per task, from the launch script of the authors' code. All others: the defaults above.
+# Per task, from the launch script of the authors' code. Other tasks: the defaults above, ours.
 # Code: noise_dim 0 stands for min(10, S // 2): 2 on maze2d-umaze, 10 on door. Here: written out.
 PAPER_FLAGS = ("horizon", "noise_dim", "miw_alpha", "noise_std")
 PAPER = {
@@ -185,8 +187,19 @@ def check_args(args: Args) -> None:
 
 # ===== 2. Networks ================================================================================
 # Several learners (seeds) train side by side: every parameter and batch carries their axis first.
-# Shapes: L learners (read it as 1), M members of the ensemble, B rows of a batch, N rows of the
-# data, N0 initial states, S observation, A action, C columns of a row (see Batch).
+# Shapes: L learners (read it as 1), M members of the ensemble, E elites, B rows of a batch, N rows
+# of the data, n of a fit, N0 initial states (B0 a step), S observation, A action, C = 2S + A + 2.
+Logs = dict[str, Tensor]  # what a step reports, [L] each
+
+
+class Batch(NamedTuple):
+    """Rows [L, B, ...], stored side by side as [..., C]; no row is at a time limit."""
+
+    obs: Tensor
+    action: Tensor
+    reward: Tensor
+    next_obs: Tensor
+    terminated: Tensor  # 0 or 1
 
 
 class Linear(nn.Module):
@@ -223,10 +236,7 @@ class MLP(nn.Module):
 
 
 class ImplicitPolicy(nn.Module):
-    """a = tanh(net(s, z)) with noise z ~ N(0, noise_std^2) clamped to +-3: any distribution of a.
-
-    forward: obs [L, B, S] -> a sample of the raw (pre-tanh) action [L, B, A].
-    """
+    """tanh(net(s, z)), z ~ N(0, noise_std^2): forward samples a raw (pre-tanh) action [L, B, A]."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -283,7 +293,7 @@ class ImportanceWeight(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         x = self.net(torch.cat([obs, action], -1)).squeeze(-1)
-        # Paper: unspecified. Code: softplus to the power alpha. Here: code.
+        # Paper: unspecified. Code: softplus to the power alpha, with both 1e-8. Here: code.
         return (F.softplus(x - 1e-8) + 1e-8) ** self.alpha
 
 
@@ -337,11 +347,11 @@ class DynamicsEnsemble(nn.Module):
     def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Draw reward [L, B] and next_obs [L, B, S], every row from one member.
 
-        Rows come in random order, so they are dealt to the members in turn, like cards, after a
-        random cut of the deck: each member gets an equal share, and no row is evaluated by all M.
-        7 rows, 5 members, cut 3: rows padded to 10 and rolled to 3 4 5 6 7 8 9 0 1 2, so member 0
-        gets rows 3 and 8 (8 and 9 are padding), member 1 rows 4 and 9, member 2 rows 5 and 0, ...
+        Rows are dealt to the members in turn, like cards, after a random cut of the deck (a rollout
+        keeps its row, but not its member). 7 rows, 5 members, cut 3: padded to 10 and rolled to
+        3 4 5 6 7 8 9 0 1 2, so member 0 gets rows 3 and 8 (8, 9: padding), member 1 rows 4 and 9.
         """
+        # Paper: silent. Code: a random member per row, all evaluated. Here: equal shares, one is.
         (learners, members), rows = self.lead, obs.shape[1]
         padded = math.ceil(rows / members) * members
         x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std
@@ -360,8 +370,6 @@ class DynamicsEnsemble(nn.Module):
 
 # ===== 3. Equations ===============================================================================
 # Losses average over the batch and keep the learners apart: they return [L], the caller sums.
-
-
 def scale_rewards(reward: Tensor) -> Tensor:
     """Rewards [N] to about [0, 1], the scale that the constants assume."""
     # Paper: the task's rewards. Code: min-max scaled, plus 1e-3 / span. Here: code.
@@ -371,26 +379,24 @@ def scale_rewards(reward: Tensor) -> Tensor:
     return (reward - reward.min() + 1e-3) / span
 
 
-def real_rows(iteration: int, args: Args) -> int:
+def real_count(iteration: int, args: Args) -> int:
     """Rows of a batch that come from the data: all in the warm start, then fewer step by step."""
     # Paper: f = 0.5. Code: 1 until iteration 45,000, 0.1 less every 5000 after. Here: code.
     falls = max(0, (iteration - args.warmup_iterations) // args.real_decay_every)
     return int(max(args.real_fraction, 1 - 0.1 * falls) * args.batch_size)
 
 
-def conservative_target(
-    reward: Tensor, terminated: Tensor, q_next: Tensor, gamma: float, c: float, bound: float
-) -> Tensor:
-    """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j); q_next [L, 2, B], the rest [L, B]."""
-    q = c * q_next.amin(1) + (1 - c) * q_next.amax(1)
+def conservative_target(batch: Batch, q_next: Tensor, args: Args) -> Tensor:
+    """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j); q_next [L, 2, B] -> [L, B]"""
+    q = args.q_min_weight * q_next.amin(1) + (1 - args.q_min_weight) * q_next.amax(1)
     # Paper: all of q. Code: none at terminals, none where |q| >= 2000. Here: code.
-    q = torch.where((terminated > 0) | (q.abs() >= bound), 0.0, q)
-    return reward + gamma * q  # Eq. (12)
+    q = torch.where((batch.terminated > 0) | (q.abs() >= args.q_bound), 0.0, q)
+    return batch.reward + args.gamma * q  # Eq. (12)
 
 
 def critic_loss(q: Tensor, target: Tensor, delta: float) -> Tensor:
     """Huber regression of both critics: q [L, 2, B] on target [L, B]."""
-    # Paper: Huber. Code: Huber with threshold 500, in effect half the square. Here: code.
+    # Paper: Huber. Code: threshold 500, in effect half the square, gradient norm 0.1. Here: code.
     target = target.unsqueeze(1).expand_as(q)
     return F.huber_loss(q, target, reduction="none", delta=delta).mean(-1).sum(-1)  # Eq. (13)
 
@@ -402,7 +408,7 @@ def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
 
 def generator_loss(logit_fake: Tensor, keep: Tensor) -> Tensor:
     """How far the policy's pairs [L, B] are from passing as data; softplus(-logit) is -log D."""
-    # Paper: mean log(1 - D). Code: -log D, which does not saturate. Here: code.
+    # Paper: mean log(1 - D). Code: -log D, flat in fp32 below a logit of -28. Here: -log D, exact.
     return masked_mean(F.softplus(-logit_fake), keep)  # Eq. (15)
 
 
@@ -414,38 +420,28 @@ def discriminator_loss(true: Tensor, fake: Tensor, keep: Tensor, label: Tensor) 
 
 
 def model_loss(mean: Tensor, log_std: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted Gaussian negative log-likelihood, up to constants and a factor 2 / (1 + S).
-
-    mean, log_std, target: [L, M, B, 1 + S], reward included; weight: [L, M, B] -> [L, M]
-    """
+    """Weighted Gaussian negative log-likelihood, up to constants; [L, M, B, 1 + S] -> [L, M]"""
     nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
     return (weight * nll.mean(-1)).mean(-1)  # Eq. (6), and at weight one Eq. (4)
 
 
 def model_error(mean: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     """Weighted squared error in the model's units, which judges it on held-out rows; -> [L, M]."""
-    # Paper: silent. Code: this and not the likelihood, by two results unpacked in swapped order.
-    # Here: code.
+    # Paper: silent. Code: this, unpacking (likelihood, error) as (error, likelihood). Here: code.
     return (weight * (mean - target).square().mean(-1)).mean(-1)
 
 
-def miw_moments(
+def miw_loss(
     omega: Tensor, omega_slow: Tensor, q: Tensor, q_next: Tensor, q_initial: Tensor, gamma: float
-) -> tuple[Tensor, Tensor]:
-    """Both sides of the flow equation against Q, [L] each; rows [L, B], initial states [L, B0].
+) -> Tensor:
+    """Distance of the sides of the flow equation, tested by Q, [L]; rows [L, B], initial [L, B0].
 
-    q_next is zero at terminals: nothing flows on from there.
+    omega_slow is the paper's omega'; q_next is zero at terminals: nothing flows on from there.
     """
-    # Paper: Q of pi in the model on both sides. Code: the critic's Q_1 on the left, a slow copy of
-    # it on the right, slow omega there too. Here: code.
-    left = (omega * q).mean(-1)  # Eq. (10)
-    right = gamma * (omega_slow * q_next).mean(-1)
-    return left, right + (1 - gamma) * q_initial.mean(-1)  # Eq. (10)
-
-
-def miw_loss(left: Tensor, right: Tensor) -> Tensor:
-    """Distance of the two sides, [L]."""
-    # Paper: the square. Code: Huber with threshold 1. Here: code.
+    # Paper: Q of pi in the model on both sides, squared distance. Code: the critic's Q_1 on the
+    # left, its slow copy on the right, 0 at terminals; Huber with threshold 1. Here: code.
+    left = (omega * q).mean(-1)
+    right = gamma * (omega_slow * q_next).mean(-1) + (1 - gamma) * q_initial.mean(-1)  # Eq. (10)
     return F.huber_loss(left, right, reduction="none", delta=1.0)  # Eq. (11)
 
 
@@ -454,9 +450,9 @@ def keep_mean_below(
 ) -> list[Tensor]:
     """Bend the loss gradient so that the mean of omega [L] stays below a bound.
 
-    Dynamic barrier gradient descent (Gong, Liu, Liu 2021), per learner and parameter tensor: add
-    just enough of the mean's gradient that a step moves the mean towards the bound, by the smaller
-    of the excess and the mean gradient's squared norm; add nothing where the loss does so anyway.
+    Dynamic barrier gradient descent (Gong, Liu, Liu 2021), per learner and parameter tensor: the
+    smallest f >= 0 for which g = loss_grad + f mean_grad has <g, mean_grad> >= min(mean - bound,
+    |mean_grad|^2). Above the bound a step must lower the mean; below, it may rise within the room.
     """
     # Paper: no constraint. Code: this one. Here: code.
     bent = []
@@ -465,7 +461,7 @@ def keep_mean_below(
         wanted = torch.minimum(mean_omega - bound, norm2)
         missing = wanted - (loss_grad * mean_grad).flatten(1).sum(1)
         factor = (missing / (norm2 + 1e-8)).clamp(min=0)
-        bent.append(loss_grad + factor.view(-1, *[1] * (loss_grad.dim() - 1)) * mean_grad)
+        bent.append(loss_grad + torch.einsum("l,l...->l...", factor, mean_grad))
     return bent
 
 
@@ -473,7 +469,7 @@ def keep_mean_below(
 
 
 def gradients(loss: Tensor, optimizer: torch.optim.Adam, keep_graph: bool = False) -> list[Tensor]:
-    """Of a loss [L], for the parameters of this optimizer and none of those it passes through."""
+    """Gradients of a loss [L] for this optimizer's parameters and no others that it passes."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     return list(torch.autograd.grad(loss.sum(), parameters, retain_graph=keep_graph))
 
@@ -483,7 +479,7 @@ def move(optimizer: torch.optim.Adam, grads: list[Tensor], max_norm: float = mat
     if max_norm < math.inf:
         norm = torch.stack([g.square().flatten(1).sum(1) for g in grads]).sum(0).sqrt()
         scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-        grads = [g * scale.view(-1, *[1] * (g.dim() - 1)) for g in grads]
+        grads = [torch.einsum("l,l...->l...", scale, g) for g in grads]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
@@ -497,20 +493,6 @@ def polyak(slow: nn.Module, fast: nn.Module, rate: float) -> None:
 
 
 # ===== 4. The method ==============================================================================
-
-Logs = dict[str, Tensor]  # what a step reports, [L] each
-
-
-class Batch(NamedTuple):
-    """Rows [L, B, ...]; terminated is 0 or 1 and is the only thing that stops bootstrapping."""
-
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    next_obs: Tensor
-    terminated: Tensor
-
-
 class AMPL(nn.Module):
     """The state of training (networks, data, buffer, optimizers) and the steps of Algorithm 1.
 
@@ -531,10 +513,9 @@ class AMPL(nn.Module):
         self.discriminator = self.build("discriminator", Discriminator)
         self.omega = self.build("omega", self.Weight)
         self.actor_target, self.critic_target = map(copy.deepcopy, (self.actor, self.critic))
-        # The slow copies in the training of omega.
         self.omega_slow, self.critic_slow = map(copy.deepcopy, (self.omega, self.critic))
         rows = torch.zeros(self.learners, args.buffer_size, sum(self.columns))
-        self.register_buffer("buffer", rows)  # [L, capacity, C]: D_model
+        self.register_buffer("buffer", rows)  # [L, capacity, C]: D_model, 300 MB on pen
         self.register_buffer("buffer_end", torch.zeros((), dtype=torch.long))  # next row to write
         self.register_buffer("buffer_rows", torch.zeros((), dtype=torch.long))  # rows filled
         self.register_buffer("real_rows", torch.tensor(args.batch_size))  # of a mixed batch
@@ -564,19 +545,18 @@ class AMPL(nn.Module):
     # --- data, buffer, batches ---
 
     def set_data(self, dataset: dict[str, Tensor]) -> None:
-        """Take a dataset: its rows [N, C] with scaled rewards, and how far its values reach."""
+        """Take a dataset (see load_dataset): rows [N, C] with scaled rewards, and their limits."""
         obs, next_obs = dataset["obs"], dataset["next_obs"]
         reward, end = scale_rewards(dataset["reward"]), dataset["terminated"].float()
         rows = [obs, dataset["action"], reward[:, None], next_obs, end[:, None]]
         self.data = torch.cat(rows, -1).to(self.device)
         self.has_next = dataset["has_next"].nonzero().squeeze(-1).to(self.device)  # s' is known
         self.episode_starts = dataset["starts"]
-        weight = torch.ones(self.learners, len(self.data), device=self.device)
-        self.register_buffer("weight", weight)  # of each row in the model's last fit
+        self.register_buffer("weight", torch.ones(self.learners, len(self.data)).to(self.device))
+        # A prediction beyond these ends a rollout: twice the data's largest values, and its largest
+        # reward and 10 deviations (authors' code; rewards are positive here).
         self.obs_limit = 2 * torch.maximum(obs.abs(), next_obs.abs()).amax(0).to(self.device)
-        margin = 10 * reward.std()
-        reward_limit = torch.maximum((reward.min() - margin).abs(), (reward.max() + margin).abs())
-        self.reward_limit = reward_limit.to(self.device)
+        self.reward_limit = (reward.max() + 10 * reward.std()).to(self.device)
 
     def split(self, rows: Tensor) -> Batch:
         """Rows [..., C] by field."""
@@ -588,17 +568,14 @@ class AMPL(nn.Module):
         return rows[torch.randint(len(rows), (self.learners, count), device=self.device)]
 
     def sample_data(self, count: int) -> Batch:
-        """Uniform rows of the data."""
         return self.split(self.sample_rows(self.data, count))
 
     def sample(self, count: int) -> Batch:
-        """A mixed batch: the first real_rows rows from the data, the rest from the buffer.
-
-        Both kinds are drawn in full and one is kept per row: fixed shapes, and a count that is a
-        tensor, so that the iteration can be a CUDA graph while the mix changes.
-        """
+        """A mixed batch: the first real_rows rows from the data, the rest from the buffer."""
+        # Both kinds are drawn in full and one is kept per row: fixed shapes, and a count that is a
+        # tensor, so that the iteration can be a CUDA graph while the mix changes.
         place = torch.rand(self.learners, count, device=self.device) * self.buffer_rows
-        place = place.long().minimum(self.buffer_rows - 1).clamp(min=0)  # rand may round up to 1
+        place = place.long().minimum(self.buffer_rows - 1)  # the product may have been rounded up
         learner = torch.arange(self.learners, device=self.device).unsqueeze(-1)
         imagined, real = self.buffer[learner, place], self.sample_rows(self.data, count)
         is_real = torch.arange(count, device=self.device) < self.real_rows
@@ -629,9 +606,7 @@ class AMPL(nn.Module):
         with torch.no_grad():
             next_action = torch.tanh(self.actor_target(batch.next_obs))
             q_next = self.critic_target(batch.next_obs, next_action)
-            target = conservative_target(
-                batch.reward, batch.terminated, q_next, args.gamma, args.q_min_weight, args.q_bound
-            )
+            target = conservative_target(batch, q_next, args)
         q = self.critic(batch.obs, batch.action)
         loss = critic_loss(q, target, args.critic_huber_delta)
         move(optimizer, gradients(loss, optimizer), args.critic_grad_norm)
@@ -639,14 +614,15 @@ class AMPL(nn.Module):
 
     def update_policy_and_discriminator(self, batch: Batch, warmup: bool, step_actor: bool) -> Logs:
         """The policy moves if `step_actor`, the discriminator always."""
-        with torch.set_grad_enabled(step_actor and not warmup):
+        with torch.set_grad_enabled(step_actor and not warmup):  # otherwise only for q_avg
             q_min = self.critic(batch.obs, torch.tanh(self.actor(batch.obs))).amin(1)
         q_abs = q_min.detach().abs().mean(-1)
         self.q_avg.copy_(torch.where(self.q_avg > 0, self.q_avg, q_abs))  # the first batch sets it
         gan_loss, disc_loss = self.gan_losses(step_actor)
         # Paper: no warm start. Code: 40,000 iterations that only imitate. Here: code.
         actor_loss = gan_loss if warmup else self.policy_loss(q_min, gan_loss)
-        # Paper: discriminator first. Code: policy first, both losses with the old D. Here: code.
+        # Paper: discriminator first. Code: policy first, every second time; both losses with the
+        # old D. Here: code. They share a graph, of which D's gradient uses nothing that has moved.
         if step_actor:
             actor = self.optimizers["actor"]
             move(actor, gradients(actor_loss, actor, keep_graph=True))
@@ -663,11 +639,11 @@ class AMPL(nn.Module):
     def gan_losses(self, step_actor: bool) -> tuple[Tensor, Tensor]:
         """Of generator and discriminator; the first can be differentiated if `step_actor`."""
         args = self.args
-        # Paper: the critics' batch. Code: fake pairs start at states of their own. Here: code.
-        start = self.sample(args.batch_size).obs
+        start = self.sample(args.batch_size).obs  # drawn anew, mixed as the critics' batch
         with torch.set_grad_enabled(step_actor):
             obs, raw_action, keep = self.fake_pairs(start)
         logit_fake = self.discriminator(obs, raw_action)
+        # Paper: silent. Code: as many true pairs as fake ones remain. Here: always 2B.
         data = self.sample_data(2 * args.batch_size)
         true_raw = torch.atanh(data.action.clamp(-1 + 1e-7, 1 - 1e-7))
         logit_true = self.discriminator(data.obs, true_raw)
@@ -676,10 +652,8 @@ class AMPL(nn.Module):
         return generator_loss(logit_fake, keep), disc_loss
 
     def fake_pairs(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The policy's pairs at s and at the model's s': obs, raw action, keep [L, 2B, ...].
-
-        The gradient reaches the policy through both raw actions; s' is a constant.
-        """
+        """The policy's pairs at s and at the model's s': obs, raw action, keep [L, 2B, ...]."""
+        # The gradient reaches the policy through both raw actions; s' is a constant.
         raw = self.actor(obs)
         reward, next_obs = self.elites.sample(obs, torch.tanh(raw.detach()))
         _, terminated = self.terminate(reward, next_obs)
@@ -692,21 +666,22 @@ class AMPL(nn.Module):
 
     def terminate(self, reward: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
         """By the task's rule, or far outside the data. -> reward, terminated (0 or 1), [L, B]"""
-        # Paper: silent. Code: the known rule and these two ranges. Here: code.
+        # Paper: silent. Code: the known rule, and two ranges that cost -reward_limit. Here: code.
         outside = (next_obs.abs() > self.obs_limit).any(-1) | (reward.abs() > self.reward_limit)
         terminated = outside | known_termination(self.args.env_id, next_obs)
         return torch.where(outside, -self.reward_limit, reward), terminated.float()
 
     @torch.no_grad()
     def rollout(self) -> Logs:
-        """Roll the policy out in the model and write `rollout_rows` transitions to the buffer.
-
-        A rollout starts at a stored state and ends at its first terminated step, which is kept.
-        """
-        args, ended, slots = self.args, 0.0, math.ceil(self.args.rollout_rows / self.args.horizon)
-        # A CPU works through chunks that stay in its cache; a GPU takes all rollouts at once.
+        """Roll out from stored states up to the first terminated step; into the buffer with all."""
+        args, ended = self.args, []
+        # Paper: silent. Code: batches of 2048 rollouts until 32,000 rows are there or more (37,120
+        # at horizon 5). Here: 32,000, and an ended rollout's slot restarts, so that shapes are
+        # fixed. A CPU works in chunks that stay in its cache, a GPU on all at once.
+        slots = math.ceil(args.rollout_rows / args.horizon)
         chunk = 2048 if args.shared_rollout_action or self.device.type == "cpu" else slots
-        for count in [chunk] * (slots // chunk) + [slots % chunk] * (slots % chunk > 0):
+        for first in range(0, slots, chunk):
+            count = min(chunk, slots - first)
             obs = self.sample_data(count).obs
             for _ in range(args.horizon):
                 action = torch.tanh(self.actor(obs))
@@ -716,33 +691,28 @@ class AMPL(nn.Module):
                 reward, next_obs = self.elites.sample(obs, action)
                 reward, terminated = self.terminate(reward, next_obs)
                 self.remember(Batch(obs, action, reward, next_obs, terminated))
-                # Paper: silent. Code: new rollouts until 32,000 rows are there. Here: the slot of
-                # an ended rollout restarts, so that every refresh has the same shape.
                 fresh = self.sample_data(count).obs
                 obs = torch.where(terminated.unsqueeze(-1) > 0, fresh, next_obs)
-                ended = ended + terminated.mean(-1) * (count / (slots * args.horizon))
-        return {"rollout/terminated_frac": ended}
+                ended.append(terminated)
+        return {"rollout/terminated_frac": torch.cat(ended, -1).mean(-1)}
 
     # --- model and omega ---
 
     def retrain(self, k: int, log: Callable) -> None:
         """Re-training k: estimate omega, refit the model with it."""
-        weight = self.fit_weight(k, log)  # Eq. (11)
-        self.fit_model(k, weight, log)  # Eq. (6)
+        self.fit_model(k, self.fit_weight(k, log), log)
 
     def fit_model(self, k: int, weight: Tensor, log: Callable) -> Tensor:
-        """Fit k of the model, rows weighted by weight [L, N]. -> hold-out errors [L, M]
-
-        Learners share the loop; one that has stopped keeps its best members.
-        """
+        """Fit k of the model, rows weighted by weight [L, N]. -> hold-out errors [L, M]"""
         # Paper: silent. Code: a re-fit goes on from the present weights and Adam state, on a new
-        # split, until no member has gained 1 % for `model_patience` epochs. Here: code.
+        # split, until no member has gained 1 % for `model_patience` epochs. Here: code. A learner
+        # that stops before the others keeps its best members; its Adam state goes on.
         args, model = self.args, self.model
         self.weight.copy_(weight)
         inputs, targets = self.model_pairs()
-        weight = weight[:, self.has_next]
+        weight = weight[:, self.has_next]  # [L, n]
         reseed(args.seed, "model", k)
-        order = torch.rand(weight.shape, device=self.device).argsort(-1)  # a split per learner
+        order = torch.rand(weight.shape, device=self.device).argsort(-1)  # other rows per learner
         held = min(len(inputs) // 5, args.holdout_size)
         holdout, train = order[:, :held].contiguous(), order[:, held:].contiguous()
         best = [p.detach().clone() for p in model.members()]
@@ -757,7 +727,7 @@ class AMPL(nn.Module):
             gained &= (idle < args.model_patience).unsqueeze(-1)
             best_error = torch.where(gained, error, best_error)
             for saved, now in zip(best, model.members()):
-                saved.copy_(torch.where(gained.view(*gained.shape, 1, 1), now.detach(), saved))
+                saved.copy_(torch.where(gained[..., None, None], now.detach(), saved))
             idle = torch.where(gained.any(-1), 0, idle + 1)
             log(f"model fit {k}, epoch {epoch}", logs | {"model/holdout_error": error.mean(-1)})
             if (idle >= args.model_patience).all():
@@ -782,10 +752,11 @@ class AMPL(nn.Module):
         args, model, optimizer = self.args, self.model, self.optimizers["model"]
         shape = (self.learners, args.ensemble_size * args.model_batch_size)
         rows = train.gather(1, torch.randint(train.shape[1], shape, device=self.device))
-        weight, rows = weight.gather(1, rows).view(*model.lead, -1), rows.view(*model.lead, -1)
-        mean, log_std = model(inputs[rows])  # [L, M, B, ...]
-        loss = model_loss(mean, log_std, targets[rows], weight).sum(-1)  # Eq. (6)
-        # Keeps the learned bounds of log_std from drifting apart.
+        weight = weight.gather(1, rows).view(*model.lead, -1)
+        rows = rows.view(*model.lead, -1)  # [L, M, B]
+        mean, log_std = model(inputs[rows])
+        loss = model_loss(mean, log_std, targets[rows], weight).sum(-1)
+        # Keeps the learned bounds of log_std from drifting apart (authors' code).
         spread = (model.max_log_std - model.min_log_std).flatten(1).sum(-1)
         move(optimizer, gradients(loss + 0.02 * spread, optimizer))
         return {"model/train_nll": loss.detach() / args.ensemble_size}
@@ -804,16 +775,15 @@ class AMPL(nn.Module):
     @torch.no_grad()
     def choose_elites(self, error: Tensor) -> None:
         """Copy the members with the lowest hold-out error [L, M] to self.elites."""
-        order = error.argsort(-1)[:, : self.args.num_elites]  # [L, E]
-        learner = torch.arange(self.learners, device=self.device).unsqueeze(-1)
-        chosen = dict(self.model.state_dict())
+        ranked = error.argsort(-1)[:, : self.args.num_elites]  # [L, E]
+        learner, chosen = torch.arange(len(error)).unsqueeze(-1), self.model.state_dict()
         for name in chosen:
             if name.startswith(("trunk", "heads")):
-                chosen[name] = chosen[name][learner, order]
+                chosen[name] = chosen[name][learner, ranked]
         self.elites.load_state_dict(chosen)
 
     def fit_weight(self, k: int, log: Callable) -> Tensor:
-        """Train omega before re-fit k. -> weights of the data, normalised to mean one, [L, N]"""
+        """Train omega before re-fit k. -> weights of the data: omega over its mean, [L, N]"""
         self.critic_slow.load_state_dict(self.critic_target.state_dict())
         # Policy and critic stand still meanwhile, so Q_1 at the stored pairs is computed once.
         q_data = self.over_data(lambda batch: self.critic.first(batch.obs, batch.action))
@@ -845,8 +815,7 @@ class AMPL(nn.Module):
             omega_slow = self.omega_slow(batch.obs, batch.action)
         omega = self.omega(batch.obs, batch.action)
         mean_omega = omega.mean(-1)
-        left, right = miw_moments(omega, omega_slow, q, q_next, q_initial, args.gamma)
-        loss = miw_loss(left, right)
+        loss = miw_loss(omega, omega_slow, q, q_next, q_initial, args.gamma)
         loss_grads = gradients(loss, optimizer, keep_graph=True)
         mean_grads = gradients(mean_omega, optimizer)
         mean_omega = mean_omega.detach()
@@ -862,10 +831,9 @@ class AMPL(nn.Module):
         # Paper: mu0. Code: simulator resets, online access. Here: code, or the data's own.
         if self.args.initial_states == "dataset":
             return self.episode_starts.to(self.device)
-        env = make_env(self.args.env_id)
-        first = env.reset(seed=self.args.seed)[0]
-        rest = [env.reset()[0] for _ in range(self.args.num_initial_states - 1)]
-        return torch.as_tensor(np.array([first, *rest], np.float32), device=self.device)
+        env, count = make_env(self.args.env_id), self.args.num_initial_states
+        states = [env.reset(seed=None if i else self.args.seed)[0] for i in range(count)]
+        return torch.as_tensor(np.array(states, np.float32), device=self.device)
 
     @torch.no_grad()
     def over_data(self, function: Callable[[Batch], Tensor]) -> Tensor:
@@ -889,33 +857,32 @@ class AMPL(nn.Module):
 
 
 # ===== 5. Training ================================================================================
-
-
 def train(args: Args, method: type = AMPL) -> dict:
     """Algorithm 1: train args.num_seeds learners; return what result.json holds."""
     dataset = load_dataset(args)
     ampl = method(args, dataset["obs"].shape[1], dataset["action"].shape[1], choose_device(args))
     ampl.set_data(dataset)
     run = Run(args, ampl, dataset["source"])
+    # Python's `if` cannot be a part of a CUDA graph: each kind of iteration is a step of its own.
     kinds = [(warmup, step_actor) for warmup in (True, False) for step_actor in (True, False)]
     step = {kind: capture(functools.partial(ampl.iterate, *kind), args) for kind in kinds}
     rollout = capture(ampl.rollout, args)
-    for i in run.iterations():
-        if i == 0 and args.dynamics_from:
-            load_model(ampl, Path(args.dynamics_from))
-        elif i == 0:
-            error = ampl.fit_model(0, torch.ones_like(ampl.weight), run.log)  # Eq. (4)
-            save_model(ampl, error, run.folder)
-        elif i % args.model_retrain_every == 0:
-            run.save_checkpoint()
+    if run.iteration == 0 and args.dynamics_from:
+        load_model(ampl, Path(args.dynamics_from))
+    elif run.iteration == 0:
+        error = ampl.fit_model(0, torch.ones_like(ampl.weight), run.log)  # Eq. (4)
+        save_model(ampl, error, run.folder)
+    for i in run.iterations():  # which also logs, evaluates and saves
+        if i > 0 and i % args.model_retrain_every == 0:
+            run.save_checkpoint()  # more than an hour of one CPU core may follow
             ampl.retrain(i // args.model_retrain_every, run.log)  # Eq. (11), (6)
             np.save(run.folder / f"weight{i}.npy", ampl.weight.cpu())  # for the paper's Figure 2
-            reseed(args.seed, "iterations", i)
         if i % args.rollout_every == 0:
+            # Paper: in every iteration. Code: every 250. Here: code.
             reseed(args.seed, "rollout", i)
             run.logs |= rollout()  # D_model
             reseed(args.seed, "iterations", i)
-        ampl.real_rows.fill_(real_rows(i, args))
+        ampl.real_rows.fill_(real_count(i, args))
         warmup, step_actor = i < args.warmup_iterations, i % args.policy_frequency == 0
         run.logs |= step[warmup, step_actor]()  # Eq. (12)-(17)
     return run.finish()
@@ -931,23 +898,19 @@ def main(settings: type = Args, method: type = AMPL) -> None:
 
 
 # ===== Appendix, the same in ampl.py, mopo.py and combo.py: what follows may be skipped ===========
-
-# --- command line ---
-
-
 def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     """Two passes: the first finds the task or the run whose settings the second starts from."""
     about = "\n\n".join(sys.modules[settings.__module__].__doc__.split("\n\n")[:2])
     for field in dataclasses.fields(settings):
-        if field.name.startswith(settings.without):  # neither shown nor taken
+        if field.name.startswith(getattr(settings, "without", ())):  # an ablation's: not taken
             settings.__annotations__[field.name] = tyro.conf.Fixed[field.type]
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
     default = settings(**dict(zip(PAPER_FLAGS, PAPER.get(first.env_id, ()))), env_id=first.env_id)
     if run := first.resume or first.evaluate:
         default = load_args(run, settings)
         default = dataclasses.replace(default, resume=first.resume, evaluate=first.evaluate)
-    texts = dict(description=about, config=(tyro.conf.SuppressFixed,))
-    args = tyro.cli(settings, args=argv, default=default, **texts)
+    given = dict(args=argv, default=default, config=(tyro.conf.SuppressFixed,))
+    args = tyro.cli(settings, description=about, **given)
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         if args.resume and name != "total_iterations" and value != getattr(default, name):
@@ -963,13 +926,10 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
 
 
 # --- data: what `import d4rl` would give, without mujoco_py ---
-
-
 @functools.cache
 def d4rl_tables() -> dict[str, dict]:
     """DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE of the installed d4rl, which is not imported."""
-    spec = importlib.util.find_spec("d4rl")
-    if spec is None:
+    if not (spec := importlib.util.find_spec("d4rl")):
         sys.exit("d4rl's tables are missing: pip install --no-deps d4rl==1.1")
     return runpy.run_path(os.path.join(spec.submodule_search_locations[0], "infos.py"))
 
@@ -1020,12 +980,10 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
 
 
 def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> None:
-    """Shapes, finite numbers, actions in the space; to float32, actions to [-1, 1], in place."""
+    """Refuse what is odd; in place: to float32, actions to [-1, 1], flags of ends to bool."""
     seen, box = env.observation_space.shape, env.unwrapped.action_space
     shapes = {"observations": seen, "next_observations": seen, "actions": box.shape, "rewards": ()}
-    if missing := shapes.keys() - raw.keys() - {"next_observations"}:
-        sys.exit(f"{path} is no D4RL file: it lacks {', '.join(sorted(missing))}")
-    for key in shapes.keys() & raw.keys():
+    for key in sorted(shapes.keys() - ({"next_observations"} - raw.keys())):
         shape = (len(raw["rewards"]), *shapes[key])
         if raw[key].shape != shape:
             sys.exit(f"{path}: {key} are {raw[key].shape} and not {shape}: of another task?")
@@ -1039,37 +997,39 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
         sys.exit(f"{path}: the action in row {outside.argmax()} leaves the action space")
     scaled = (action.clip(box.low, box.high) - (box.high + box.low) / 2) / (box.high - box.low) * 2
     raw["actions"] = scaled.astype(np.float32)  # exactly as stored where the bounds are -1 and 1
+    rows = np.arange(len(action))
+    raw["terminals"] = raw.get("terminals", 0 * rows).astype(bool).reshape(rows.shape)
+    if "timeouts" not in raw:  # then episodes end after as many steps as the task has
+        begins = np.concatenate([[True], raw["terminals"][:-1]])
+        step = 1 + rows - np.maximum.accumulate(np.where(begins, rows, 0))
+        limit = env.get_wrapper_attr("_max_episode_steps")
+        raw["timeouts"] = (step % limit == 0) & ~raw["terminals"]
+    raw["timeouts"] = raw["timeouts"].astype(bool).reshape(rows.shape)
 
 
 def load_dataset(args: Args) -> dict:
     """Transitions [N, ...] on the CPU, checked; rows at time limits are dropped, as in D4RL.
 
-    has_next [N]: whether s' is known; after a terminal stands the next episode's first state, which
-    must never become s'. next_row [N]: the row of (s', a'), or -1. starts [episodes, S]. source: a
-    dict that says what was read.
+    has_next [N]: is s' known? (After a terminal stands the next episode's first state; AMPL's and
+    MOPO's code take it.) next_row [N]: that of (s', a'), or -1. starts [episodes, S]. source: dict.
     """
     env, path = make_env(args.env_id), find_dataset(args)  # a wrong id is told first
     try:
         raw = read_hdf5(path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        check_arrays(path, raw, env)
     except (OSError, KeyError) as error:
         sys.exit(f"{path} is missing, cut or no HDF5 file of D4RL's or Minari's ({error})")
-    check_arrays(path, raw, env)
     obs, size = raw["observations"], len(raw["rewards"])
-    terminated = raw.get("terminals", np.zeros(size)).astype(bool).reshape(size)
-    if "timeouts" not in raw:  # then episodes end after as many steps as the task has
-        begins, rows = np.concatenate([[True], terminated[:-1]]), np.arange(size)
-        step = 1 + rows - np.maximum.accumulate(np.where(begins, rows, 0))
-        limit = env.get_wrapper_attr("_max_episode_steps")
-        raw["timeouts"] = (step % limit == 0) & ~terminated
-    timeout = raw["timeouts"].astype(bool).reshape(size)
+    terminated, timeout = raw["terminals"], raw["timeouts"]
     ended, keep, stored = terminated | timeout, ~timeout, raw.get("next_observations")
     if ended.sum() < 2:
         sys.exit(f"{path}: terminals or timeouts must end at least two episodes")
-    last = np.flatnonzero(ended)
-    returns = np.diff(np.cumsum(raw["rewards"], dtype=np.float64)[last], prepend=0.0)
+    returns = np.diff(np.cumsum(raw["rewards"], dtype=np.float64)[ended], prepend=0.0)
     score = d4rl_score(args.env_id, returns).mean()
-    print(f"{path}: {size} rows, {len(last)} whole episodes with a mean score of {score:.1f}")
+    if terminated.any() and not args.env_id.lower().startswith(("hopper", "walker", "ant", "pen")):
+        print("note: this task's rule of ending is unknown: rollouts end only far outside the data")
+    print(f"{path}: {size} rows, {len(returns)} whole episodes with a mean score of {score:.1f}")
     follows = ~ended & (np.arange(size) + 1 < size)  # the next row goes on with this episode
     if stored is None:
         keep[-1] &= terminated[-1]  # a cut tail: its last row has no s'
@@ -1084,7 +1044,6 @@ def load_dataset(args: Args) -> dict:
 
 
 # --- environments ---
-
 # D4RL family: gymnasium id, D4RL's time limit, where palm minus object stands in an observation.
 SIMULATORS = {
     "hopper": ("Hopper-v4", 1000, None),
@@ -1122,7 +1081,7 @@ def known_termination(env_id: str, s: Tensor) -> Tensor:
         return ~(s.isfinite().all(-1) & (s[..., 0] >= 0.2) & (s[..., 0] <= 1.0))
     if family == "pen":  # height of the pen in m
         return s[..., 26] < 0.075
-    return torch.zeros_like(s[..., 0], dtype=torch.bool)  # halfcheetah, maze2d, door: never
+    return torch.zeros_like(s[..., 0], dtype=torch.bool)  # halfcheetah, maze2d, Adroit: never
 
 
 class D4RLSemantics(gymnasium.Wrapper):
@@ -1143,11 +1102,7 @@ class D4RLSemantics(gymnasium.Wrapper):
 
 
 class Maze2d(gymnasium.Wrapper):
-    """D4RL's maze2d on gymnasium-robotics' PointMaze: the same ball, walls and speed limit.
-
-    D4RL's own are the frame of x and y, the start near any open cell, and the reward, a function
-    of the position after the step: within 0.5 of the goal cell, or exp(-distance).
-    """
+    """D4RL's maze2d: PointMaze's ball, walls and speed limit; its own frame, starts and reward."""
 
     def __init__(self, maze: str, dense: bool, render_mode: str | None):
         from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv
@@ -1214,11 +1169,9 @@ def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.
 
 
 # --- evaluation ---
-
-
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
     """D4RL scores [L, episodes]: rounds of one episode in each of `eval_episodes` environments."""
-    shape, asynchronous, rounds = (args.num_seeds, args.eval_episodes), args.async_envs, []
+    shape, asynchronous, rounds = (method.learners, args.eval_episodes), args.async_envs, []
     if asynchronous is None:
         asynchronous = method.device.type == "cuda" and os.cpu_count() >= 8
     envs = vector_env(args.env_id, math.prod(shape), asynchronous)
@@ -1248,25 +1201,21 @@ def score(method: nn.Module, args: Args, run: Path) -> np.ndarray:
 
 
 def record_episode(method: nn.Module, args: Args, path: Path) -> None:
-    """Render an episode of the first learner, every third step, to a GIF."""
-    from PIL import Image
-
-    env = make_env(args.env_id, render_mode="rgb_array")
-    frames, (obs, _), over = [], env.reset(seed=args.seed), False
+    """An episode of the first learner, every third step, as a GIF."""
+    env, frames, over = make_env(args.env_id, render_mode="rgb_array"), [], False
+    obs, _ = env.reset(seed=args.seed)
     while not over:
         try:
             frames.append(Image.fromarray(env.render()))
         except Exception as error:  # every OpenGL backend fails in its own way
             sys.exit(f"cannot render ({error}); without a screen set MUJOCO_GL=egl or osmesa")
-        action = method.act(np.stack([obs[None]] * args.num_seeds))[0, 0]
+        action = method.act(np.stack([obs[None]] * method.learners))[0, 0]
         obs, _, terminated, truncated, _ = env.step(action)
         over = terminated or truncated
     frames[0].save(path, save_all=True, append_images=frames[3::3], duration=50, loop=0)
 
 
 # --- speed ---
-
-
 def choose_device(args: Args) -> torch.device:
     """The GPU if there is one, else the CPU with its faster library; precision of products."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -1317,8 +1266,6 @@ def reseed(seed: int, phase: str, k: int = 0) -> None:
 
 
 # --- run folder ---
-
-
 class Run:
     """A run and its folder: progress, TensorBoard, evaluations, checkpoints, result.json."""
 
@@ -1327,26 +1274,19 @@ class Run:
         self.iteration, self.logs, self.started = 0, {}, time.monotonic()
         self.curves: list[list[float]] = []  # per evaluation: iteration, score of each learner
         script = Path(sys.modules[type(method).__module__].__file__).resolve()
-        self.algo, now = script.stem, time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.env_id}__{self.algo}__{args.seed}__{now}".replace("/", "-")
+        self.algo, task = script.stem, args.env_id.replace("/", "-")
+        name = f"{task}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or Path(args.run_dir) / name)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=bool(args.resume))
-            for file in {Path(__file__).resolve(), script}:
-                (self.folder / file.name).write_bytes(file.read_bytes())
-        except OSError as error:
-            sys.exit(f"cannot write the run folder {self.folder} ({error})")
         if args.resume:
             self.load_checkpoint()
         save(vars(args) | {"resume": None}, self.folder / "args.json")
+        for file in {Path(__file__).resolve(), script}:
+            (self.folder / file.name).write_bytes(file.read_bytes())
         if args.track:
             import wandb
 
             where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
             wandb.init(**where, config=vars(args), sync_tensorboard=True)
-        from torch.utils.tensorboard import SummaryWriter
-
-        # On a resumption what was written after the checkpoint is dropped.
         self.writer = SummaryWriter(str(self.folder), purge_step=self.iteration or None)
         self.saved, self.saved_at = self.iteration, time.monotonic()  # the last checkpoint
         self.bar = tqdm(total=args.total_iterations, initial=self.iteration)
@@ -1368,29 +1308,26 @@ class Run:
             self.iteration += 1
             self.bar.update()
             last = self.iteration == args.total_iterations
-            if self.iteration % args.log_every == 0 or last:
-                self.log("training", self.logs)
+            waited = self.method.device.type == "cpu" or time.monotonic() - self.saved_at >= 60
+            save_now = last or (self.iteration - self.saved >= args.checkpoint_every and waited)
+            if self.iteration % args.log_every == 0 or save_now:
+                self.log("training", self.logs)  # stops at NaN, before a checkpoint could hold it
             if self.iteration % args.eval_every == 0 or last:
                 scores = evaluate(self.method, args, args.eval_episodes, self.iteration).mean(1)
                 self.curves.append([self.iteration, *scores.tolist()])
                 self.log("evaluation", {"eval/normalized_score": torch.tensor(scores)})
                 self.bar.write(f"iteration {self.iteration}: score {scores.round(1)}")
-            waited = self.method.device.type == "cpu" or time.monotonic() - self.saved_at >= 60
-            if last or (self.iteration - self.saved >= args.checkpoint_every and waited):
+            if save_now:
                 self.save_checkpoint()
 
     def save_checkpoint(self) -> None:
         """checkpoint.pt to go on from, policy.pt to use, curves.png to look at."""
-        method, state, rng = self.method, self.method.state_dict(), [torch.get_rng_state()]
-        for name, tensor in state.items():
-            if not tensor.isfinite().all():
-                sys.exit(f"{name} is not finite; {self.folder} keeps its last checkpoint")
-        if method.device.type == "cuda":
-            rng.append(torch.cuda.get_rng_state())
+        method, state = self.method, self.method.state_dict()
+        random = torch.cuda if method.device.type == "cuda" else torch
         optimizers = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
-        seconds = time.monotonic() - self.started
-        progress = dict(iteration=self.iteration, curves=self.curves, seconds=seconds)
-        content = dict(algo=self.algo, method=state, optimizers=optimizers, rng=rng, **progress)
+        progress = dict(iteration=self.iteration, curves=self.curves, device=method.device.type)
+        progress |= dict(seconds=time.monotonic() - self.started, rng=random.get_rng_state())
+        content = dict(algo=self.algo, method=state, optimizers=optimizers, **progress)
         save(content, self.folder / "checkpoint.pt")
         policy = {k: v for k, v in state.items() if k.startswith(("actor.", "critic."))}
         save(dict(policy=policy, sizes=method.sizes), self.folder / "policy.pt")
@@ -1400,7 +1337,7 @@ class Run:
 
     def load_checkpoint(self) -> None:
         """Put weights, buffer, optimizers, random state and progress back."""
-        method, on_gpu = self.method, self.method.device.type == "cuda"
+        method, kind = self.method, self.method.device.type
         with loading(self.folder / "checkpoint.pt", method.device) as saved:
             if saved["algo"] != self.algo:
                 raise ValueError(f"it is a run of {saved['algo']}.py")
@@ -1409,21 +1346,19 @@ class Run:
                 load_optimizer(method.optimizers[name], optimizer)
             self.iteration, self.curves = saved["iteration"], saved["curves"]
             self.started -= saved["seconds"]
-            rng = [state.cpu() for state in saved["rng"]]
-        torch.set_rng_state(rng[0])
-        if on_gpu and len(rng) == 2:
-            torch.cuda.set_rng_state(rng[1])
-        elif on_gpu or len(rng) == 2:
-            print("note: resumed on another kind of device, which draws other random numbers")
+        if saved["device"] == kind:
+            (torch.cuda if kind == "cuda" else torch).set_rng_state(saved["rng"].cpu())
+        else:
+            print(
+                f"note: resumed on {kind}, which draws and rounds otherwise than {saved['device']}"
+            )
 
     def plot_curves(self) -> None:
         """curves.png: the score of every learner against the iterations."""
-        from matplotlib.figure import Figure
-
-        axes, points = Figure(layout="constrained").subplots(), np.array(self.curves)
+        axes = Figure(layout="constrained").subplots()
+        axes.plot(*np.split(np.array(self.curves), [1], 1))  # iteration, one score per learner
         seeds = [f"seed {self.args.seed + learner}" for learner in range(self.args.num_seeds)]
-        axes.plot(points[:, 0], points[:, 1:], label=seeds)
-        axes.legend(title=f"{self.algo} on {self.args.env_id}")
+        axes.legend(seeds, title=f"{self.algo} on {self.args.env_id}")
         axes.set(xlabel="iteration", ylabel="normalized score")
         axes.figure.savefig(self.folder / "curves.png")
 
@@ -1434,14 +1369,13 @@ class Run:
         args, seconds = self.args, time.monotonic() - self.started
         final, curves = score(self.method, args, self.folder), np.array(self.curves)[:, 1:]
         result = dict(algo=self.algo, env_id=args.env_id, **self.source, curves=self.curves)
-        result["seeds"] = [args.seed + learner for learner in range(args.num_seeds)]
         result |= dict(last=curves[-1].tolist(), mean_last_ten=curves[-10:].mean(0).tolist())
+        result["seeds"] = [args.seed + learner for learner in range(args.num_seeds)]
         result |= dict(final_mean=final.mean(1).tolist(), final_scores=final.tolist())
         result |= dict(total_iterations=self.iteration, seconds=seconds, args=vars(args))
         result |= dict(steps_per_second=self.iteration / seconds, device=str(self.method.device))
         result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
-        git = f"git -C '{Path(__file__).resolve().parent}' rev-parse HEAD"
-        result["git"] = subprocess.getoutput(git)
+        result["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         save(result, self.folder / "result.json")
         print(f"mean of the last ten: {np.round(result['mean_last_ten'], 1)}; see {self.folder}")
         return result
@@ -1450,6 +1384,7 @@ class Run:
 def save(content: dict, path: Path) -> None:
     """Tensors and plain values, or JSON, to a file that is the old or the new one, never half."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.part", "wb") as file:
             if path.suffix == ".json":
                 file.write(json.dumps(content, indent=1).encode())
