@@ -321,6 +321,7 @@ class DynamicsEnsemble(nn.Module):
         self.register_buffer("input_std", torch.ones(obs_dim + action_dim))
         self.register_buffer("target_mean", torch.zeros(1 + obs_dim))
         self.register_buffer("target_std", torch.ones(1 + obs_dim))
+        self.register_buffer("member", torch.arange(members), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape, x = x.shape[:-1], x.flatten(0, -3)
@@ -347,21 +348,18 @@ class DynamicsEnsemble(nn.Module):
     def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Draw reward [L, B] and next_obs [L, B, S], every row from one member.
 
-        Rows are dealt to the members in turn, like cards, after a random cut of the deck (a rollout
-        keeps its row, but not its member). 7 rows, 5 members, cut 3: padded to 10 and rolled to
-        3 4 5 6 7 8 9 0 1 2, so member 0 gets rows 3 and 8 (8, 9: padding), member 1 rows 4 and 9.
+        Rows are dealt to the members like cards, row i to member i - cut modulo M: at random, since
+        rows of a batch are, and a rollout, which keeps its row, changes members by the random cut.
+        7 rows, 5 members, cut 3: padded to 10; member 0 gets rows 3 and 8, member 1 rows 4 and 9.
         """
         # Paper: silent. Code: a random member per row, all evaluated. Here: equal shares, one is.
-        (learners, members), rows = self.lead, obs.shape[1]
-        padded = math.ceil(rows / members) * members
+        members, rows = self.lead[1], obs.shape[1]
         x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std
+        x = F.pad(x, (0, 0, 0, -rows % members)).unflatten(1, (-1, members))  # [L, B / M, M, S + A]
         cut = torch.randint(members, (), device=obs.device)  # a tensor: no wait for the GPU
-        deck = (torch.arange(padded, device=obs.device) + cut) % padded
-        x = F.pad(x, (0, 0, 0, padded - rows)).index_select(1, deck)
-        mean, log_std = self(x.view(learners, -1, members, x.shape[-1]).transpose(1, 2))
+        mean, log_std = self(x[:, :, (self.member + cut) % members].transpose(1, 2))
         y = mean + log_std.exp() * torch.randn_like(mean)
-        y = y.transpose(1, 2).reshape(learners, padded, -1)
-        y = y.index_select(1, (torch.arange(rows, device=obs.device) - cut) % padded)
+        y = y.transpose(1, 2)[:, :, (self.member - cut) % members].flatten(1, 2)[:, :rows]
         # NaN becomes 0, as in the authors' code. The clamp is ours: predictions far outside the
         # data, which end a rollout, must not overflow the other networks.
         y = (y * self.target_std + self.target_mean).nan_to_num(nan=0.0).clamp(-1e6, 1e6)
@@ -455,14 +453,12 @@ def keep_mean_below(
     |mean_grad|^2). Above the bound a step must lower the mean; below, it may rise within the room.
     """
     # Paper: no constraint. Code: this one. Here: code.
-    bent = []
-    for loss_grad, mean_grad in zip(loss_grads, mean_grads, strict=True):
-        norm2 = mean_grad.square().flatten(1).sum(1)
-        wanted = torch.minimum(mean_omega - bound, norm2)
-        missing = wanted - (loss_grad * mean_grad).flatten(1).sum(1)
-        factor = (missing / (norm2 + 1e-8)).clamp(min=0)
-        bent.append(loss_grad + torch.einsum("l,l...->l...", factor, mean_grad))
-    return bent
+    norm2 = torch.stack([g.square().flatten(1).sum(1) for g in mean_grads])  # [tensors, L]
+    pairs = list(zip(loss_grads, mean_grads, strict=True))
+    product = torch.stack([(a * b).flatten(1).sum(1) for a, b in pairs])
+    wanted = torch.minimum(mean_omega - bound, norm2)
+    factor = ((wanted - product) / (norm2 + 1e-8)).clamp(min=0)
+    return [a + torch.einsum("l,l...->l...", f, b) for f, (a, b) in zip(factor, pairs)]
 
 
 # Not equations, but what all steps are made of: gradients, an Adam step, a slow copy.
@@ -477,7 +473,7 @@ def gradients(loss: Tensor, optimizer: torch.optim.Adam, keep_graph: bool = Fals
 def move(optimizer: torch.optim.Adam, grads: list[Tensor], max_norm: float = math.inf) -> None:
     """One Adam step along gradients [L, ...], clipped per learner over all parameters."""
     if max_norm < math.inf:
-        norm = torch.stack([g.square().flatten(1).sum(1) for g in grads]).sum(0).sqrt()
+        norm = torch.cat([g.flatten(1) for g in grads], 1).norm(dim=1)
         scale = (max_norm / (norm + 1e-6)).clamp(max=1)
         grads = [torch.einsum("l,l...->l...", scale, g) for g in grads]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -520,6 +516,8 @@ class AMPL(nn.Module):
         self.register_buffer("buffer_rows", torch.zeros((), dtype=torch.long))  # rows filled
         self.register_buffer("real_rows", torch.tensor(args.batch_size))  # of a mixed batch
         self.register_buffer("q_avg", torch.zeros(self.learners))  # running mean of |Q|; 0: none
+        self.register_buffer("learner", torch.arange(self.learners), persistent=False)
+        self.register_buffer("place", torch.arange(args.batch_size), persistent=False)
         self.to(device)
         layers = zip([*self.model.trunk, self.model.heads], args.model_weight_decay, strict=True)
         groups = [dict(params=layer.parameters(), weight_decay=decay) for layer, decay in layers]
@@ -570,15 +568,16 @@ class AMPL(nn.Module):
     def sample_data(self, count: int) -> Batch:
         return self.split(self.sample_rows(self.data, count))
 
-    def sample(self, count: int) -> Batch:
-        """A mixed batch: the first real_rows rows from the data, the rest from the buffer."""
+    def sample(self) -> Batch:
+        """Two mixed batches [L, 2, B, ...]: real_rows rows of the data, the rest of the buffer."""
         # Both kinds are drawn in full and one is kept per row: fixed shapes, and a count that is a
         # tensor, so that the iteration can be a CUDA graph while the mix changes.
-        place = torch.rand(self.learners, count, device=self.device) * self.buffer_rows
+        shape = self.learners, 2, self.args.batch_size
+        place = torch.rand(shape, device=self.device) * self.buffer_rows
         place = place.long().minimum(self.buffer_rows - 1)  # the product may have been rounded up
-        learner = torch.arange(self.learners, device=self.device).unsqueeze(-1)
-        imagined, real = self.buffer[learner, place], self.sample_rows(self.data, count)
-        is_real = torch.arange(count, device=self.device) < self.real_rows
+        imagined = self.buffer[self.learner.view(-1, 1, 1), place]
+        real = self.data[torch.randint(len(self.data), shape, device=self.device)]
+        is_real = self.place < self.real_rows  # [B]
         return self.split(torch.where(is_real.unsqueeze(-1), real, imagined))
 
     def remember(self, batch: Batch) -> None:
@@ -594,9 +593,10 @@ class AMPL(nn.Module):
 
     def iterate(self, warmup: bool, step_actor: bool) -> Logs:
         """One iteration: critics, policy, discriminator, targets."""
-        batch = self.sample(self.args.batch_size)
+        both = self.sample()  # one for Q, and states of their own for the fake pairs
+        batch = Batch(*(field[:, 0] for field in both))
         logs = self.update_critic(batch)  # Eq. (12), (13)
-        logs |= self.update_policy_and_discriminator(batch, warmup, step_actor)  # Eq. (14)-(17)
+        logs |= self.update_policy_and_discriminator(both.obs, warmup, step_actor)  # Eq. (14)-(17)
         polyak(self.critic_target, self.critic, self.args.tau)
         polyak(self.actor_target, self.actor, self.args.tau)
         return logs
@@ -612,13 +612,15 @@ class AMPL(nn.Module):
         move(optimizer, gradients(loss, optimizer), args.critic_grad_norm)
         return {"losses/critic_loss": loss.detach(), "losses/q_values": q.detach().mean((1, 2))}
 
-    def update_policy_and_discriminator(self, batch: Batch, warmup: bool, step_actor: bool) -> Logs:
-        """The policy moves if `step_actor`, the discriminator always."""
+    def update_policy_and_discriminator(self, obs: Tensor, warmup: bool, step_actor: bool) -> Logs:
+        """The policy moves if `step_actor`, the discriminator always; obs [L, 2, B, S]."""
+        with torch.set_grad_enabled(step_actor):
+            raw = self.actor(obs.flatten(1, 2)).view(*obs.shape[:3], -1)
         with torch.set_grad_enabled(step_actor and not warmup):  # otherwise only for q_avg
-            q_min = self.critic(batch.obs, torch.tanh(self.actor(batch.obs))).amin(1)
+            q_min = self.critic(obs[:, 0], torch.tanh(raw[:, 0])).amin(1)
         q_abs = q_min.detach().abs().mean(-1)
         self.q_avg.copy_(torch.where(self.q_avg > 0, self.q_avg, q_abs))  # the first batch sets it
-        gan_loss, disc_loss = self.gan_losses(step_actor)
+        gan_loss, disc_loss = self.gan_losses(obs[:, 1], raw[:, 1])
         # Paper: no warm start. Code: 40,000 iterations that only imitate. Here: code.
         actor_loss = gan_loss if warmup else self.policy_loss(q_min, gan_loss)
         # Paper: discriminator first. Code: policy first, every second time; both losses with the
@@ -636,25 +638,23 @@ class AMPL(nn.Module):
         """-lambda mean min_j Q_j + L_g with lambda = lambda' / Q_avg; q_min [L, B] -> [L]"""
         return -(self.args.q_coef / self.q_avg) * q_min.mean(-1) + gan_loss  # Eq. (17)
 
-    def gan_losses(self, step_actor: bool) -> tuple[Tensor, Tensor]:
-        """Of generator and discriminator; the first can be differentiated if `step_actor`."""
+    def gan_losses(self, obs: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+        """Of generator and discriminator, from the policy's raw actions at obs, [L, B, ...]."""
         args = self.args
-        start = self.sample(args.batch_size).obs  # drawn anew, mixed as the critics' batch
-        with torch.set_grad_enabled(step_actor):
-            obs, raw_action, keep = self.fake_pairs(start)
-        logit_fake = self.discriminator(obs, raw_action)
+        with torch.set_grad_enabled(raw.requires_grad):
+            fake_obs, fake_raw, keep = self.fake_pairs(obs, raw)
         # Paper: silent. Code: as many true pairs as fake ones remain. Here: always 2B.
         data = self.sample_data(2 * args.batch_size)
         true_raw = torch.atanh(data.action.clamp(-1 + 1e-7, 1 - 1e-7))
-        logit_true = self.discriminator(data.obs, true_raw)
+        pairs = torch.cat([data.obs, fake_obs], 1), torch.cat([true_raw, fake_raw], 1)
+        logit_true, logit_fake = self.discriminator(*pairs).chunk(2, 1)
         label = args.label_smoothing + (1 - args.label_smoothing) * torch.rand_like(logit_true)
         disc_loss = discriminator_loss(logit_true, logit_fake, keep, label)
         return generator_loss(logit_fake, keep), disc_loss
 
-    def fake_pairs(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def fake_pairs(self, obs: Tensor, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The policy's pairs at s and at the model's s': obs, raw action, keep [L, 2B, ...]."""
         # The gradient reaches the policy through both raw actions; s' is a constant.
-        raw = self.actor(obs)
         reward, next_obs = self.elites.sample(obs, torch.tanh(raw.detach()))
         _, terminated = self.terminate(reward, next_obs)
         next_raw = self.actor(next_obs)
@@ -882,7 +882,8 @@ def train(args: Args, method: type = AMPL) -> dict:
             reseed(args.seed, "rollout", i)
             run.logs |= rollout()  # D_model
             reseed(args.seed, "iterations", i)
-        ampl.real_rows.fill_(real_count(i, args))
+        if real_count(i, args) != real_count(i - 1, args):
+            ampl.real_rows.fill_(real_count(i, args))
         warmup, step_actor = i < args.warmup_iterations, i % args.policy_frequency == 0
         run.logs |= step[warmup, step_actor]()  # Eq. (12)-(17)
     return run.finish()
