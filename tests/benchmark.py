@@ -1,21 +1,22 @@
-"""What a step costs: one JSON line per phase, with the ratio to what this machine could do.
+"""What a step costs: one JSON line per phase, with the ratio to what this processor could do.
 
-    python tests/benchmark.py --script ampl.py --env-id walker2d-medium-v2 --threads 1
+    python tests/benchmark.py --script ampl.py --threads 1
+    python tests/benchmark.py --script ampl.py --against <folder with another version> --threads 1
 
-and the same with mopo.py, combo.py and collect.py.
-
-Data are synthetic, of the task's shape. `floor_ms` is the FLOPs of the code as written (torch's own
-counter) over the machine's rate for fp32 matrix products, measured in the same run; elementwise
-work and memory are not in it, so a ratio of 1 cannot be reached. Numbers from a busy machine say
-little: look at `gflops`, which is the same on every calm run.
+Data are synthetic, of walker2d's shape. `floor_ms` is the FLOPs of the code as written (torch's own
+counter) over the rate of fp32 matrix products, measured in the same run; elementwise work and
+memory are not in it, so a ratio of 1 cannot be reached. With --against, blocks of the two versions
+take turns, and the ratio of a phase is the median over pairs of blocks: on a shared machine
+nothing else can be compared. Numbers of a busy machine say little by themselves.
 """
 
-import dataclasses
-import functools
+import contextlib
 import importlib.util
+import io
 import json
 import resource
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,248 +25,144 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+import steps
 import torch
 import tyro
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parent.parent
-WIDTHS = {  # observation and action entries per family
-    "halfcheetah": (17, 6), "hopper": (11, 3), "walker2d": (17, 6), "maze2d": (4, 2),
-    "pen": (45, 24), "door": (39, 28),
-}  # fmt: skip
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Options:
-    script: str = "ampl.py"
-    """the script to measure"""
-    env_id: str = "walker2d-medium-v2"
-    """the task whose shapes and settings are used"""
-    threads: int = 1
-    """CPU threads"""
-    num_seeds: int = 1
-    """learners"""
-    device: str = "cpu"
-    """cpu or cuda"""
-    batch_size: int = 0
-    """rows per iteration; 0 is the script's own number"""
-    rows: int = 300_000
-    """rows of the synthetic dataset"""
-    blocks: int = 5
-    """runs per phase; the median is reported"""
+    script: str = "ampl.py"  # the script to measure: ampl.py, mopo.py, combo.py
+    against: str | None = None  # a folder with another version of it, of the same interface
+    device: str = "cpu"  # cpu or cuda
+    threads: int = 1  # CPU threads
+    num_seeds: int = 1  # learners
+    rows: int = 100_000  # rows of the synthetic dataset
+    blocks: int = 5  # timed blocks per phase; the median is reported
+    cuda_graphs: bool = True  # record the steps (no effect on a CPU)
+    tf32: bool = False  # let the GPU round inputs of products
 
 
-def synchronised(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def gemm_rate(device: str) -> float:
-    """GFLOP/s of a typical batched product of the method, best of 30."""
-    a, b = torch.randn(2, 512, 400, device=device), torch.randn(2, 400, 300, device=device)
-    seconds = []
-    for _ in range(30):
-        start = synchronised(device)
-        torch.bmm(a, b)
-        seconds.append(synchronised(device) - start)
-    return 2 * 2 * 512 * 400 * 300 / min(seconds) / 1e9
-
-
-def measure(
-    name: str, block: Callable[[], None], steps: int, options: Options, rate: float
-) -> None:
-    """Print the median over calls of `block`, in ms per step, of which it takes `steps`."""
-    block()  # warm-up, and on CUDA the recording of the graphs
-    with FlopCounterMode(display=False) as counter:
-        block()
-    times = []
-    for _ in range(options.blocks):
-        start = synchronised(options.device)
-        block()
-        times.append((synchronised(options.device) - start) / steps * 1e3)
-    # On CUDA a replay hides the operations from the counter.
-    floor = counter.get_total_flops() / steps / rate / 1e6 if options.device == "cpu" else None
-    report(name, times, floor, rate)
-
-
-def report(name: str, times: list[float], floor_ms: float | None, rate: float) -> None:
-    median = statistics.median(times)
-    line = {"phase": name, "ms": round(median, 3), "runs": len(times), "gflops": round(rate)}
-    if floor_ms:
-        line |= {"floor_ms": round(floor_ms, 3), "ratio": round(median / floor_ms, 2)}
-    print(json.dumps(line), flush=True)
-
-
-def write_dataset(path: Path, rows: int, obs_dim: int, action_dim: int) -> None:
-    """A gzipped HDF5 file in D4RL's layout, with noise in it."""
-    rng = np.random.default_rng(0)
-    ends = np.zeros(rows, bool)
-    ends[999::1000] = True
-    obs = rng.standard_normal((rows, obs_dim)).astype(np.float32)
-    columns = {
-        "observations": obs, "next_observations": np.roll(obs, -1, 0),
-        "actions": rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32),
-        "rewards": rng.standard_normal(rows).astype(np.float32),
-        "terminals": np.zeros(rows, bool), "timeouts": ends,
-    }  # fmt: skip
-    with h5py.File(path, "w") as file:
-        for name, values in columns.items():
-            file.create_dataset(name, data=values, compression="gzip")
-
-
-def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
-    module = importlib.util.module_from_spec(spec)
+def load_script(folder: Path, script: str):
+    """The script of a folder as a module of its own."""
+    name = f"{Path(script).stem}_{abs(hash(folder))}"
+    spec = importlib.util.spec_from_file_location(name, folder / script)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def measure_loading(script, options: Options, rate: float, folder: Path) -> None:
-    obs_dim, action_dim = WIDTHS[options.env_id.split("-")[0]]
-    path = folder / "synthetic.hdf5"
-    write_dataset(path, 1_000_000, obs_dim, action_dim)
-    env = script.make_env(options.env_id)
-    times = []
-    for _ in range(options.blocks):
-        start = time.perf_counter()
-        script.load_dataset(options.env_id, str(path), env)
-        times.append((time.perf_counter() - start) * 1e3)
-    report("load_dataset_per_1m_rows", times, None, rate)
+def phases(module, options: Options) -> dict[str, tuple[Callable[[], object], int]]:
+    """Name of a phase -> a block of steps, and how many steps it takes."""
+    kind = Path(options.script).stem.upper()
+    settings = dict(num_seeds=options.num_seeds, cuda_graphs=options.cuda_graphs)
+    settings |= dict(cuda=options.device == "cuda", tf32=options.tf32, threads=options.threads)
+    module.choose_device(module.Args(**settings))
+    sys.modules["under_test"] = module
+    method = steps.build("under_test", kind, options.device, options.rows, **settings)
+    args = method.args
+
+    def repeat(count: int, *functions: Callable) -> tuple[Callable, int]:
+        recorded = [module.capture(function, args) for function in functions]
+        return lambda: [recorded[i % len(recorded)]() for i in range(count)], count
+
+    if kind != "AMPL":
+        found = {"iteration": repeat(50 if kind == "MOPO" else 10, method.iterate)}
+        found["model step"] = repeat(20, steps.sac_model_step(method))
+        return found | {"rollout": repeat(1, method.rollout)}
+    kinds = {"iteration": False, "iteration, warm start": True}
+    found = {
+        name: repeat(20, *(lambda w=w, a=a: method.iterate(w, a) for a in (True, False)))
+        for name, w in kinds.items()
+    }
+    found["rollout"] = repeat(1, method.rollout)
+    found["model step"] = repeat(20, steps.model_step(method))
+    found["hold-out"] = steps.validation(method), 1
+    return found | {"omega step": repeat(20, steps.miw_step(method))}
 
 
-def set_up(script, method: str, options: Options, **changes):
-    """-> args with the task's settings, the learners, synthetic rows [N, C]."""
-    if options.batch_size:
-        changes["batch_size"] = options.batch_size
-    settings = script.PAPER[options.env_id] | changes
-    args = script.Args(env_id=options.env_id, num_seeds=options.num_seeds, **settings)
-    device = torch.device(options.device)
-    obs_dim, action_dim = WIDTHS[options.env_id.split("-")[0]]
-    agent = getattr(script, method)(args, obs_dim, action_dim, device)
-    data = torch.randn(options.rows, sum(agent.columns), device=device)
-    data[:, obs_dim : obs_dim + action_dim].tanh_()
-    data[:, -1] = 0
-    return args, agent, data
+def now(device: str) -> float:
+    """Seconds, all work done. On a CPU those of this process: others may use the core, too."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return time.perf_counter()
+    return time.process_time()
 
 
-def measure_sac(script, method: str, options: Options, rate: float) -> None:
-    """mopo.py and combo.py. A tenth of a refresh stands for the rollouts of 100 iterations."""
-    args, agent, data = set_up(script, method, options, rollout_starts=5000)
-    device, obs_dim = agent.device, agent.columns[0]
-    never = script.known_termination("halfcheetah")[0]
-    end = script.RolloutEnd(never, torch.full((obs_dim,), 100.0, device=device))
-    one_step = script.sac_step if method == "MOPO" else script.combo_step
-    capture = lambda step: script.capture(step, agent, args)  # noqa: E731
-    refresh = capture(lambda: script.imagine(agent, data, end, args))
-    refresh()
-    step = capture(lambda: one_step(agent, data, args))
-    count = 100 if method == "MOPO" else 20
-    measure("iteration", lambda: [step() for _ in range(count)], count, options, rate)
-    measure("rollout_per_iteration", refresh, 100, options, rate)
-
-    inputs, targets = data[:, : sum(agent.columns[:2])].clone(), data[:, : 1 + obs_dim].clone()
-    shape = (*agent.model.lead, options.rows)
-    order = torch.arange(options.rows, device=device).expand(shape).contiguous()
-    model_step = capture(lambda: script.ensemble_step(agent, inputs, targets, order, args))
-    measure("model_step", lambda: [model_step() for _ in range(50)], 50, options, rate)
-    held = inputs[: args.holdout_size], targets[: args.holdout_size]
-    measure("model_holdout", lambda: script.holdout_error(agent, *held), 1, options, rate)
+def seconds_of(block: Callable, device: str) -> float:
+    start = now(device)
+    block()
+    return now(device) - start
 
 
-def measure_collect(collect, options: Options, rate: float) -> None:
-    """Gradient steps of collect.py's SAC."""
-    obs_dim, action_dim = WIDTHS[options.env_id.split("-")[0]]
-    args = collect.Args(env_id=options.env_id, target_entropy=-action_dim)
-    args.batch_size = options.batch_size or args.batch_size
-    device = torch.device(options.device)
-    agent = collect.SAC(args, obs_dim, action_dim, options.rows, device)
-    agent.buffer.normal_()
-    agent.buffer[..., -1] = 0
-    agent.buffer_rows.fill_(options.rows)
-    step = collect.capture(lambda: collect.learn(agent, args), agent, args)
-    measure("sac_step", lambda: [step() for _ in range(100)], 100, options, rate)
+def gflops(device: str) -> float:
+    """Rate of a typical batched product of the methods, best of 30."""
+    a, b = torch.randn(2, 512, 400, device=device), torch.randn(2, 400, 300, device=device)
+    return 2 * a.numel() * 300 / min(seconds_of(lambda: a @ b, device) for _ in range(30)) / 1e9
 
 
-def measure_ampl(ampl, options: Options, rate: float) -> None:
-    args, agent, data = set_up(ampl, "AMPL", options)
-    device, (obs_dim, action_dim) = agent.device, agent.columns[:2]
-    never = ampl.known_termination("halfcheetah")[0]
-    rule = ampl.TerminationRule(
-        never, torch.full((obs_dim,), 100.0, device=device), torch.tensor(100.0, device=device)
-    )
-    capture = lambda step: ampl.capture(step, agent, args)  # noqa: E731
-    refresh = capture(lambda: ampl.imagine(agent, data, rule, args))
-    refresh()
-
-    def iterations(warmup: bool) -> Callable[[], None]:
-        moving, still = (
-            capture(lambda: ampl.iterate(agent, data, rule, args, warmup, True)),
-            capture(lambda: ampl.iterate(agent, data, rule, args, warmup, False)),
-        )
-
-        def block() -> None:  # 250 iterations and their rollout
-            refresh()
-            for i in range(args.rollout_every):
-                (moving if i % args.policy_frequency == 0 else still)()
-
-        return block
-
-    agent.real_rows.fill_(args.batch_size // 2)
-    measure("iteration", iterations(warmup=False), args.rollout_every, options, rate)
-    agent.real_rows.fill_(args.batch_size)
-    measure("iteration_warmup", iterations(warmup=True), args.rollout_every, options, rate)
-    measure("rollout", refresh, 1, options, rate)
-
-    learners, rows = args.num_seeds, options.rows
-    inputs = torch.randn(rows, obs_dim + action_dim, device=device)
-    targets = torch.randn(rows, 1 + obs_dim, device=device)
-    weight = torch.ones(learners, rows, device=device)
-    order = torch.arange(rows, device=device).expand(learners, -1).contiguous()
-    model_step = capture(lambda: ampl.model_step(agent, inputs, targets, weight, order, args))
-    measure("model_step", lambda: [model_step() for _ in range(50)], 50, options, rate)
-    held = order[:, : args.holdout_size].contiguous()
-    holdout = functools.partial(ampl.holdout_loss, agent, inputs, targets, weight, held)
-    measure("model_holdout", holdout, 1, options, rate)
-
-    # A tenth of the data, evaluated once per tenth of a refresh window: the same work per step.
-    data = data[: rows // 10]
-    initial_obs = torch.randn(args.num_initial_states // 10, obs_dim, device=device)
-    sizes = (len(data), len(data), len(initial_obs))
-    tables = ampl.QTables(*(torch.zeros(learners, n, device=device) for n in sizes))
-    miw_step = capture(lambda: ampl.miw_step(agent, data, initial_obs, tables, args))
-
-    def window() -> None:
-        ampl.fill_tables(agent, tables, data, initial_obs)
-        for _ in range(args.miw_refresh // 10):
-            miw_step()
-
-    measure("miw_step", window, args.miw_refresh // 10, options, rate)
+def measure(name: str, versions: list[tuple[Callable, int]], options: Options, rate: float) -> dict:
+    """Time the blocks of one or two versions in turns. -> a line of the report"""
+    (block, count), *_ = versions
+    for other, _ in versions:
+        other()  # allocations, and on a GPU the recording
+    with FlopCounterMode(display=False) as counter:
+        block()
+    times = [
+        [seconds_of(block, options.device) / count * 1e3 for block, count in versions]
+        for _ in range(options.blocks)
+    ]
+    medians = [statistics.median(column) for column in zip(*times)]
+    line = {"script": options.script, "phase": name, "ms": round(medians[0], 3)}
+    if options.device == "cpu":
+        floor = counter.get_total_flops() / count / rate / 1e6
+        line |= {"floor_ms": round(floor, 3), "of_floor": round(medians[0] / floor, 2)}
+    if len(versions) > 1:
+        ratio = statistics.median(mine / other for mine, other in times)
+        line |= {"other_ms": round(medians[1], 3), "ratio": round(ratio, 3)}
+    return line
 
 
-def main() -> None:
-    options = tyro.cli(Options)
-    torch.set_num_threads(options.threads)
-    script = load_script(options.script)
-    print(
-        json.dumps(
-            {"cpu_matmul": script.choose_cpu_matmul(script.Args()), **dataclasses.asdict(options)}
-        )
-    )
-    rate = gemm_rate(options.device)
-    method = Path(options.script).stem.upper()
-    if method == "COLLECT":
-        measure_collect(script, options, rate)
-        return
-    if method == "AMPL":
-        measure_ampl(script, options, rate)
-    else:
-        measure_sac(script, method, options, rate)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"phase": "peak_memory", "gib": round(peak, 2)}))
+def loading(module, rows: int = 1_000_000) -> float:
+    """Seconds to load a gzipped file of so many rows in D4RL's layout."""
+    rng, (obs_dim, action_dim) = np.random.default_rng(0), steps.WALKER2D
+    obs = rng.standard_normal((rows, obs_dim)).astype(np.float32)
+    columns = dict(observations=obs, next_observations=np.roll(obs, -1, 0))
+    columns["actions"] = rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32)
+    columns["rewards"] = rng.standard_normal(rows).astype(np.float32)
+    columns |= dict(terminals=np.zeros(rows, bool), timeouts=np.arange(rows) % 1000 == 999)
     with tempfile.TemporaryDirectory() as folder:
-        measure_loading(script, options, rate, Path(folder))
+        path = Path(folder) / "synthetic.hdf5"
+        with h5py.File(path, "w") as file:
+            for name, values in columns.items():
+                file.create_dataset(name, data=values, compression="gzip")
+        args = module.Args(env_id="walker2d-medium-v2", dataset_path=str(path))
+        with contextlib.redirect_stdout(io.StringIO()):
+            return seconds_of(lambda: module.load_dataset(args), "cpu")
+
+
+def run(options: Options) -> list[dict]:
+    """Measure every phase; prints each line as it comes."""
+    torch.set_num_threads(options.threads)
+    folders = [ROOT, *([Path(options.against).resolve()] if options.against else [])]
+    modules = [load_script(folder, options.script) for folder in folders]
+    versions = [phases(module, options) for module in modules]
+    rate, lines = gflops(options.device), []
+    print(json.dumps({"gflops": round(rate), "device": options.device, "seeds": options.num_seeds}))
+    for name in versions[0]:
+        lines.append(measure(name, [version[name] for version in versions], options, rate))
+        print(json.dumps(lines[-1]), flush=True)
+    if options.device == "cpu":
+        times = [[loading(module) for module in modules] for _ in range(3)]
+        medians = [round(statistics.median(column), 2) for column in zip(*times)]
+        lines.append({"script": options.script, "phase": "loading 1M rows", "seconds": medians})
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(json.dumps(lines[-1] | {"peak_memory_gib": round(peak, 2)}))
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    run(tyro.cli(Options))
