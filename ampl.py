@@ -443,9 +443,7 @@ def miw_loss(
     return F.huber_loss(left, right, reduction="none", delta=1.0)  # Eq. (11)
 
 
-def keep_mean_below(
-    bound: float, mean_omega: Tensor, mean_grads: list[Tensor], loss_grads: list[Tensor]
-) -> list[Tensor]:
+def keep_mean_below(bound: float, mean: Tensor, mean_grads: list, loss_grads: list) -> list[Tensor]:
     """Bend the loss gradient so that the mean of omega [L] stays below a bound.
 
     Dynamic barrier gradient descent (Gong, Liu, Liu 2021), per learner and parameter tensor: the
@@ -456,12 +454,9 @@ def keep_mean_below(
     norm2 = torch.stack([g.square().flatten(1).sum(1) for g in mean_grads])  # [tensors, L]
     pairs = list(zip(loss_grads, mean_grads, strict=True))
     product = torch.stack([(a * b).flatten(1).sum(1) for a, b in pairs])
-    wanted = torch.minimum(mean_omega - bound, norm2)
+    wanted = torch.minimum(mean - bound, norm2)
     factor = ((wanted - product) / (norm2 + 1e-8)).clamp(min=0)
     return [a + torch.einsum("l,l...->l...", f, b) for f, (a, b) in zip(factor, pairs)]
-
-
-# Not equations, but what all steps are made of: gradients, an Adam step, a slow copy.
 
 
 def gradients(loss: Tensor, optimizer: torch.optim.Adam, keep_graph: bool = False) -> list[Tensor]:
@@ -754,12 +749,15 @@ class AMPL(nn.Module):
         rows = train.gather(1, torch.randint(train.shape[1], shape, device=self.device))
         weight = weight.gather(1, rows).view(*model.lead, -1)
         rows = rows.view(*model.lead, -1)  # [L, M, B]
-        mean, log_std = model(inputs[rows])
-        loss = model_loss(mean, log_std, targets[rows], weight).sum(-1)
+        loss = self.fit_loss(inputs[rows], targets[rows], weight).sum(-1)
         # Keeps the learned bounds of log_std from drifting apart (authors' code).
         spread = (model.max_log_std - model.min_log_std).flatten(1).sum(-1)
         move(optimizer, gradients(loss + 0.02 * spread, optimizer))
         return {"model/train_nll": loss.detach() / args.ensemble_size}
+
+    def fit_loss(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Of normalised inputs and targets [L, M, B, ...]. -> [L, M]"""
+        return model_loss(*self.model(x), y, weight)
 
     @torch.no_grad()
     def validate(self, inputs: Tensor, targets: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
@@ -803,8 +801,7 @@ class AMPL(nn.Module):
 
     def miw_step(self, q_data: Tensor) -> Logs:
         """One step of omega, Eq. (11); q_data [L, N] is Q_1 at the stored pairs."""
-        args, optimizer = self.args, self.optimizers["omega"]
-        shape = self.learners, args.miw_batch_size
+        args, shape = self.args, (self.learners, self.args.miw_batch_size)
         rows = torch.randint(len(self.data), shape, device=self.device)
         start = self.sample_rows(self.initial_obs, args.miw_initial_batch_size)
         batch, q = self.split(self.data[rows]), q_data.gather(1, rows)
@@ -814,15 +811,19 @@ class AMPL(nn.Module):
             q_initial = self.critic_slow.first(start, torch.tanh(self.actor(start)))
             omega_slow = self.omega_slow(batch.obs, batch.action)
         omega = self.omega(batch.obs, batch.action)
-        mean_omega = omega.mean(-1)
         loss = miw_loss(omega, omega_slow, q, q_next, q_initial, args.gamma)
+        polyak(self.critic_slow, self.critic, args.miw_tau)
+        return self.move_omega(omega, loss)
+
+    def move_omega(self, omega: Tensor, loss: Tensor) -> Logs:
+        """One Adam step of omega [L, B] along its loss [L], and of its slow copy."""
+        args, optimizer, mean_omega = self.args, self.optimizers["omega"], omega.mean(-1)
         loss_grads = gradients(loss, optimizer, keep_graph=True)
         mean_grads = gradients(mean_omega, optimizer)
         mean_omega = mean_omega.detach()
         grads = keep_mean_below(args.miw_mean_bound, mean_omega, mean_grads, loss_grads)
         move(optimizer, grads, args.miw_grad_norm)
         polyak(self.omega_slow, self.omega, args.miw_tau)
-        polyak(self.critic_slow, self.critic, args.miw_tau)
         return {"losses/weight_loss": loss.detach(), "weights/batch_mean": mean_omega}
 
     @functools.cached_property
@@ -877,8 +878,7 @@ def train(args: Args, method: type = AMPL) -> dict:
             run.save_checkpoint()  # more than an hour of one CPU core may follow
             ampl.retrain(i // args.model_retrain_every, run.log)  # Eq. (11), (6)
             np.save(run.folder / f"weight{i}.npy", ampl.weight.cpu())  # for the paper's Figure 2
-        if i % args.rollout_every == 0:
-            # Paper: in every iteration. Code: every 250. Here: code.
+        if i % args.rollout_every == 0:  # Paper: in every iteration. Code: every 250. Here: code.
             reseed(args.seed, "rollout", i)
             run.logs |= rollout()  # D_model
             reseed(args.seed, "iterations", i)
@@ -1274,14 +1274,14 @@ class Run:
         self.args, self.method, self.source = args, method, source
         self.iteration, self.logs, self.started = 0, {}, time.monotonic()
         self.curves: list[list[float]] = []  # per evaluation: iteration, score of each learner
-        script = Path(sys.modules[type(method).__module__].__file__).resolve()
-        self.algo, task = script.stem, args.env_id.replace("/", "-")
-        name = f"{task}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.resume or Path(args.run_dir) / name)
+        self.algo = Path(sys.modules[type(method).__module__].__file__).stem
+        name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        self.folder = Path(args.resume or Path(args.run_dir) / name.replace("/", "-"))
         if args.resume:
             self.load_checkpoint()
         save(vars(args) | {"resume": None}, self.folder / "args.json")
-        for file in {Path(__file__).resolve(), script}:
+        for kind in type(method).mro()[:-2]:  # its own file, and those of its base classes
+            file = Path(sys.modules[kind.__module__].__file__)
             (self.folder / file.name).write_bytes(file.read_bytes())
         if args.track:
             import wandb
