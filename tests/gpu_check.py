@@ -27,6 +27,7 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE = ROOT / "tests" / "data" / "maze2d-medium-v1-sample.hdf5"
 SCRIPTS = {"ampl": "AMPL", "mopo": "MOPO", "combo": "COMBO"}
+DEVICE = "cuda"
 
 
 @dataclass
@@ -55,24 +56,37 @@ def tests(quick: bool) -> dict:
     return {"summary": done.stdout.strip().splitlines()[-1]}
 
 
+def learner(script: str, quick: bool):
+    """A method with data, or collect.py's SAC with a full buffer, on the GPU."""
+    if script != "collect":
+        settings = steps.TINY if quick else dict(num_seeds=2)
+        return steps.build(script, SCRIPTS[script], DEVICE, 1000, **settings)
+    import collect
+
+    args = collect.Args("hopper-medium-v2", hidden=(8, 8) if quick else (256, 256))
+    sac = collect.SAC(args, *steps.WALKER2D, 1000, torch.device(DEVICE))
+    sac.buffer.normal_()
+    sac.buffer[..., -1] = 0
+    sac.buffer_rows.fill_(1000)
+    return sac
+
+
 def replay(script: str, quick: bool) -> dict:
     """Largest relative difference of the states with and without graphs, after 20 and 200 calls."""
-    settings = steps.TINY if quick else dict(num_seeds=2)
-    plain = steps.build(script, SCRIPTS[script], "cuda", 1000, **settings)
+    plain, last = learner(script, quick), 40 if quick else 200
     twin, found = copy.deepcopy(plain), {}
-    twin.args.cuda_graphs = True
-    module = sys.modules[script]
+    module = sys.modules["mopo" if script == "collect" else script]
     iterates = [m.iterate for m in (plain, twin)]
     if script == "ampl":
         iterates = [lambda m=m: m.iterate(False, True) for m in (plain, twin)]
     iterates[1] = module.capture(iterates[1], twin.args)
-    for call in range(200):
+    for call in range(last):
         for iterate in iterates:
             module.reseed(0, "call", call)
             iterate()
-        if call + 1 in (20, 200):
+        if call + 1 in (20, last):
             found[f"after {call + 1}"] = steps.difference(steps.state(plain), steps.state(twin))
-    assert found["after 20"] <= 1e-5 and found["after 200"] <= 1e-3, found
+    assert found["after 20"] <= 1e-5 and found[f"after {last}"] <= 1e-3, found
     return found
 
 
@@ -130,12 +144,12 @@ def training(quick: bool) -> dict:
     return {key: result[key] for key in keys} | {"seconds": phases | {"total": total}}
 
 
-PARTS = {  # name: function, seconds that it may take
-    "machine": (machine, 30),
-    "tests": (tests, 90),
-    **{f"replay {script}": (lambda q, s=script: replay(s, q), 40) for script in SCRIPTS},
-    **{f"speed {script}": (lambda q, s=script: speed(s, q), 70) for script in SCRIPTS},
-    "training": (training, 180),
+PARTS = {  # name: function, seconds that it may take; nine minutes in all
+    "machine": (machine, 20),
+    "tests": (tests, 80),
+    **{f"replay {s}": (lambda q, s=s: replay(s, q), 30) for s in (*SCRIPTS, "collect")},
+    **{f"speed {s}": (lambda q, s=s: speed(s, q), 60) for s in SCRIPTS},
+    "training": (training, 140),
 }
 
 

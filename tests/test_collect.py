@@ -124,7 +124,7 @@ def test_rows_of_sac(name, collected, tmp_path):
     own = columns["rewards" if name == REPLAY else "infos/behaviour_rewards"]
     sac = collect.SACCollection(collect.Args(name, **MADE[name][1]), tmp_path).sac
     sac.remember(columns, 0, len(obs))
-    batch = [field[0].numpy() for field in sac.sample(50)]
+    batch = [field[0].numpy() for field in sac.sample()]
     rows = [np.flatnonzero(own == reward)[0] for reward in batch[2]]
     fields = zip(batch, (obs, columns["actions"], own, next_obs, over))
     assert all(np.array_equal(field, column[rows]) for field, column in fields)

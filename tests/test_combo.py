@@ -41,7 +41,11 @@ def batch_of(agent):
 def critic_step(agent, batch):
     """The logs of a step, and the gradients it went along."""
     torch.manual_seed(7)
-    return agent.update_critic(batch), [p.grad for p in agent.critic.parameters()]
+    next_action, _ = agent.actor.sample(batch.next_obs)
+    cost = torch.zeros_like(batch.reward)
+    return agent.update_critic(batch, next_action.detach(), cost), [
+        p.grad for p in agent.critic.parameters()
+    ]
 
 
 def test_log_sum_exp_is_over_all_thirty_weighted_actions():
@@ -96,10 +100,9 @@ def test_critic_gradient_is_that_of_equation_2(states):
     agent = build(select=True, select_beta=(0.5, 5.0), select_real_fraction=(0.25, 0.75),
                   rho_states=states, num_actions=2, gamma=0.9)  # fmt: skip
     torch._foreach_mul_([p.data for p in agent.critic_target.parameters()], 1.3)
-    agent.log_alpha.data.fill_(3.0)  # must not matter
     batch, drawn = batch_of(agent), []
     sample, propose = agent.actor.sample, agent.proposals
-    agent.actor.sample = lambda s, n=1: drawn.append(sample(s, n)) or drawn[-1]
+    agent.actor.sample = lambda s: drawn.append(sample(s)) or drawn[-1]
     agent.proposals = lambda *states: drawn.append((states, propose(*states))) or drawn[-1][1]
     before, critic = copy.deepcopy(agent.state_dict()), copy.deepcopy(agent.critic)
     logs, grads = critic_step(agent, batch)
@@ -122,6 +125,18 @@ def test_critic_gradient_is_that_of_equation_2(states):
     torch.testing.assert_close(logs["losses/conservative_gap"], gaps, atol=1e-5, rtol=1e-4)
     moved = {k for k, v in agent.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {k for k in before if k.startswith("critic.")}
+
+
+def test_backup_has_no_entropy():
+    """The temperature is of no weight in the critics' target."""
+    agents = [build(num_seeds=1), build(num_seeds=1)]
+    agents[1].log_alpha.data.fill_(3.0)
+    losses = []
+    for agent in agents:
+        torch.manual_seed(0)
+        agent.rollout()
+        losses.append(agent.iterate()["losses/critic_loss"])
+    assert torch.equal(*losses)
 
 
 @pytest.mark.parametrize("states", ["mixed", "model"])

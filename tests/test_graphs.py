@@ -208,4 +208,4 @@ def test_number_of_kernels(name, monkeypatch):
     one, three, ceiling = count_kernels(name, 1), count_kernels(name, 3), STEPS[name][3]
     print(f"{name}: {one.total()} kernels, at most {ceiling}; {one.most_common(4)}")
     assert 0 < one.total() <= ceiling
-    assert three.total() <= 1.02 * one.total(), "one learner does without a few copies"
+    assert three.total() <= 1.03 * one.total(), "one learner does without a few copies"

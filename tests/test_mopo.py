@@ -45,10 +45,10 @@ EQUATIONS = [
     (mopo.largest_disagreement, (MEAN,), [[4.1231056]]),  # sqrt(4^2 + 1)
     (mopo.penalised_reward, ([[1.0, -1.0]], [[2.0, 0.5]], 1.5), [[-2.0, -1.75]]),
     # 1 + 0.9 (min(1, 3) + 0.5); at the terminal neither Q nor the entropy.
-    (mopo.soft_target, ([[1.0, 1.0]], [[0.0, 1.0]], Q, [[0.5, 9.0]], 0.9), [[2.35, 1.0]]),
+    (mopo.soft_target, ([[1.0, 1.0]], [[0.0, 1.0]], Q, [[-0.5, 9.0]], 0.9), [[2.35, 1.0]]),
     (mopo.critic_loss, (Q, [[2.0, 4.0]]), [1.75]),  # half of (1 + 1) / 2 + (1 + 4) / 2
     (mopo.policy_loss, (Q, [[0.5, -1.0]], [0.2]), [-1.55]),  # ((0.1 - 1) + (-0.2 - 2)) / 2
-    (mopo.temperature_loss, ([0.5], [[1.0, 3.0]], -3.0), [0.5]),  # -0.5 ((1 + 3) / 2 - 3)
+    (mopo.temperature_loss, ([0.5], [-2.0], -3.0), [0.5]),  # 0.5 (-2 + 3)
     (mopo.model_loss, NLL, [[0.8465736]]),  # row 0: (1 + (4 / 4 + 2 ln 2)) / 2, row 1: 0
 ]
 
@@ -67,7 +67,7 @@ def test_policy_density():
     policy.net.layers[-1].weight.data *= 0.3
     obs = torch.randn(2, 100, 3, dtype=torch.double)
     mean, log_std = (x.repeat_interleave(5, 1) for x in policy(obs))
-    action, log_prob = policy.sample(obs, 5)
+    action, log_prob = (x.flatten(1, 2) for x in policy.samples(obs, 5))
     truth = dist.TransformedDistribution(dist.Normal(mean, log_std.exp()), dist.TanhTransform())
     torch.testing.assert_close(log_prob, truth.log_prob(action).sum(-1))
     assert ((action.atanh() - mean) / log_std.exp()).std().item() == pytest.approx(1, abs=0.05)
@@ -100,8 +100,9 @@ def test_iterate():
     agent.log_alpha.data.fill_(-LN2)  # alpha is 0.5
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     with torch.random.fork_rng():
-        batch = agent.sample(256)
-        action, log_prob = agent.actor.sample(batch.next_obs)
+        batch = agent.sample()
+        both = agent.actor.sample(torch.cat([batch.obs, batch.next_obs], 1))
+        action, log_prob = (x[:, 256:] for x in both)
         q_next = agent.critic_target(batch.next_obs, action).amin(1) - 0.5 * log_prob
         target = batch.reward + 0.99 * (1 - batch.terminated) * q_next
         loss = mopo.critic_loss(agent.critic(batch.obs, batch.action), target)
