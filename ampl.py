@@ -959,8 +959,7 @@ def find_dataset(args: Args) -> Path:
         os.replace(part, path)
     except Exception as error:  # the net, the disk and HDF5 each have their own
         part.unlink(missing_ok=True)
-        hint = f"download {url} to {path} by hand, or name a file with --dataset-path"
-        sys.exit(f"no dataset for {args.env_id} ({error}): {hint}")
+        sys.exit(f"no {path} ({error}): download {url} there, or name a file with --dataset-path")
     return path
 
 
@@ -968,13 +967,16 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     """D4RL's arrays by key; Minari's main_data.hdf5 in the same form."""
     with h5py.File(path) as file:
         if "episode_0" not in file:
+            if "note" in file.attrs:  # of collect.py: what this is and is not
+                print(file.attrs["note"])
             return {key: file[key][()] for key in file if isinstance(file[key], h5py.Dataset)}
         episodes = [file[f"episode_{i}"] for i in range(len(file))]
         if isinstance(episodes[0]["observations"], h5py.Group):
             sys.exit(f"{path}: observations that are dictionaries do not work here")
-        names = {"terminals": "terminations", "timeouts": "truncations"}
-        names |= {"actions": "actions", "rewards": "rewards"}
+        names = {"terminals": "terminations", "actions": "actions", "rewards": "rewards"}
         raw = {key: np.concatenate([e[name][()] for e in episodes]) for key, name in names.items()}
+        last = np.cumsum([len(e["rewards"]) for e in episodes]) - 1  # a group is an episode
+        raw["timeouts"] = np.isin(np.arange(last[-1] + 1), last) & ~raw["terminals"]
         raw["observations"] = np.concatenate([e["observations"][:-1] for e in episodes])
         raw["next_observations"] = np.concatenate([e["observations"][1:] for e in episodes])
         return raw
@@ -1010,7 +1012,6 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
 
 def load_dataset(args: Args) -> dict:
     """Transitions [N, ...] on the CPU, checked; rows at time limits are dropped, as in D4RL.
-
     has_next [N]: is s' known? (After a terminal stands the next episode's first state; AMPL's and
     MOPO's code take it.) next_row [N]: that of (s', a'), or -1. starts [episodes, S]. source: dict.
     """
@@ -1019,8 +1020,8 @@ def load_dataset(args: Args) -> dict:
         raw = read_hdf5(path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         check_arrays(path, raw, env)
-    except (OSError, KeyError) as error:
-        sys.exit(f"{path} is missing, cut or no HDF5 file of D4RL's or Minari's ({error})")
+    except (OSError, KeyError, ValueError) as error:
+        sys.exit(f"{path} is missing, cut or no D4RL file ({' '.join(str(error).split())})")
     obs, size = raw["observations"], len(raw["rewards"])
     terminated, timeout = raw["terminals"], raw["timeouts"]
     ended, keep, stored = terminated | timeout, ~timeout, raw.get("next_observations")
@@ -1058,15 +1059,14 @@ SIMULATORS = {
 # D4RL's layouts: '#' wall, 'O' open, 'G' the goal cell. Row i and column j are x and y.
 MAZES = {
     "open": "#######/#OOOOO#/#OOGOO#/#OOOOO#/#######",
-    "umaze": "#####/#GOO#/###O#/#OOO#/#####",
+    "umaze": "#####/#GOO#/###O#/#OOO#/#####", "eval-umaze": "#####/#OOG#/#O###/#OOO#/#####",
     "medium": "########/#OO##OO#/#OO#OOO#/##OOO###/#OO#OOO#/#O#OO#O#/#OOO#OG#/########",
     "large": "############/#OOOO#OOOOO#/#O##O#O#O#O#/#OOOOOO#OOO#/#O####O###O#/"
     "#OO#O#OOOOO#/##O#O#O#O###/#OO#OOO#OGO#/############",
-    "eval-umaze": "#####/#OOG#/#O###/#OOO#/#####",
     "eval-medium": "########/#OOOOOG#/#O#O##O#/#OOOO#O#/###OO###/#OOOOOO#/#OO##OO#/########",
     "eval-large": "############/#OO#OOO#OGO#/##O###O#O#O#/#OO#O#OOOOO#/#O##O#OO##O#/"
     "#OOOOOO#OOO#/#O##O#O#O###/#OOOO#OOOOO#/############",
-}
+}  # fmt: skip
 MAZE_LIMITS = {"open": 150, "umaze": 300, "medium": 600, "large": 800}
 
 
@@ -1098,8 +1098,7 @@ class D4RLSemantics(gymnasium.Wrapper):
             terminated = bool(obs[26] < 0.075)
         if self.reach is not None:  # gymnasium-robotics 1.4.2 has +0.1 * distance, D4RL -0.1
             reward -= 0.2 * np.linalg.norm(self.reach(obs))
-        # In D4RL a time limit wins over a fall in the same step.
-        return obs, float(reward), terminated and not truncated, truncated, info
+        return obs, float(reward), terminated and not truncated, truncated, info  # as in D4RL
 
 
 class Maze2d(gymnasium.Wrapper):
@@ -1151,11 +1150,12 @@ def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
         sys.exit(f"--env-id {env_id}: D4RL's {family} tasks have no simulator here")
     try:
         limit = gymnasium.spec(env_id).max_episode_steps or 1000
-        env = gymnasium.make(env_id, max_episode_steps=limit, render_mode=render_mode)
+        render = dict(render_mode=render_mode) if render_mode else {}
+        env = gymnasium.make(env_id, max_episode_steps=limit, **render)
     except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
-        near = difflib.get_close_matches(env_id, [*urls, *gymnasium.registry])
-        hint = f"did you mean {' or '.join(near)}?" if near else error
-        sys.exit(f"--env-id {env_id} cannot be made: {hint}")
+        near = " or ".join(difflib.get_close_matches(env_id, [*urls, *gymnasium.registry]))
+        why = " ".join(str(error).split())
+        sys.exit(f"--env-id {env_id} cannot be made ({why}); did you mean {near or 'another'}?")
     spaces = env.observation_space, env.action_space
     if not all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in spaces):
         sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
@@ -1169,12 +1169,11 @@ def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.
     return kind([functools.partial(make_env, env_id)] * count)
 
 
-# --- evaluation ---
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
     """D4RL scores [L, episodes]: rounds of one episode in each of `eval_episodes` environments."""
-    shape, asynchronous, rounds = (method.learners, args.eval_episodes), args.async_envs, []
-    if asynchronous is None:
-        asynchronous = method.device.type == "cuda" and os.cpu_count() >= 8
+    shape, rounds = (method.learners, args.eval_episodes), []
+    many_cores = method.device.type == "cuda" and os.cpu_count() >= 8
+    asynchronous = many_cores if args.async_envs is None else args.async_envs
     envs = vector_env(args.env_id, math.prod(shape), asynchronous)
     with torch.random.fork_rng():
         reseed(args.seed, "evaluation", k)
@@ -1193,9 +1192,8 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
 def score(method: nn.Module, args: Args, run: Path) -> np.ndarray:
     """Print the scores of `final_episodes` episodes, and render one if asked. -> [L, episodes]"""
     final = evaluate(method, args, args.final_episodes, 0)
-    for seed, scores in enumerate(final, args.seed):
-        error = scores.std() / math.sqrt(len(scores))
-        print(f"seed {seed}: normalized score {scores.mean():.1f} +- {error:.1f}")
+    for seed, x in enumerate(final, args.seed):
+        print(f"seed {seed}: normalized score {x.mean():.1f} +- {x.std() / len(x) ** 0.5:.1f}")
     if args.capture_video:
         record_episode(method, args, run / "episode.gif")
     return final
@@ -1216,7 +1214,6 @@ def record_episode(method: nn.Module, args: Args, path: Path) -> None:
     frames[0].save(path, save_all=True, append_images=frames[3::3], duration=50, loop=0)
 
 
-# --- speed ---
 def choose_device(args: Args) -> torch.device:
     """The GPU if there is one, else the CPU with its faster library; precision of products."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -1273,12 +1270,14 @@ class Run:
     def __init__(self, args: Args, method: nn.Module, source: dict):
         self.args, self.method, self.source = args, method, source
         self.iteration, self.logs, self.started = 0, {}, time.monotonic()
-        self.curves: list[list[float]] = []  # per evaluation: iteration, score of each learner
+        self.curves = []  # per evaluation: iteration, score of each learner
         self.algo = Path(sys.modules[type(method).__module__].__file__).stem
         name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or Path(args.run_dir) / name.replace("/", "-"))
         if args.resume:
             self.load_checkpoint()
+        elif self.folder.exists():
+            sys.exit(f"{self.folder} is there already: start again in a second")
         save(vars(args) | {"resume": None}, self.folder / "args.json")
         for kind in type(method).mro()[:-2]:  # its own file, and those of its base classes
             file = Path(sys.modules[kind.__module__].__file__)
@@ -1288,7 +1287,8 @@ class Run:
 
             where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
             wandb.init(**where, config=vars(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.iteration or None)
+        purge = self.iteration + 1 if args.resume else None  # what came after the checkpoint
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge)
         self.saved, self.saved_at = self.iteration, time.monotonic()  # the last checkpoint
         self.bar = tqdm(total=args.total_iterations, initial=self.iteration)
 

@@ -303,8 +303,9 @@ class SAC(mopo.MOPO):
         self.buffer[0, first:end] = torch.from_numpy(np.concatenate(parts, 1, dtype=np.float32))
         self.buffer_rows.fill_(end)
 
-    def sample(self, count: int) -> mopo.Batch:
+    def sample(self) -> mopo.Batch:
         """Uniform rows of the buffer, with replacement."""
+        count = self.args.batch_size
         place = (torch.rand(count, device=self.device) * self.buffer_rows).long()
         place = place.minimum(self.buffer_rows - 1)  # rand may round up to 1
         return self.split(self.buffer[:, place])

@@ -229,10 +229,15 @@ class GaussianPolicy(nn.Module):
         mean, log_std = self.net(obs).chunk(2, -1)
         return mean, log_std.clamp(-20, 2)  # MOPO's code
 
-    def sample(self, obs: Tensor, n: int = 1) -> tuple[Tensor, Tensor]:
-        """obs [L, B, S] -> n actions per state [L, B n, A] and their log-densities [L, B n]."""
-        mean, log_std = (x.repeat_interleave(n, 1) if n > 1 else x for x in self(obs))
-        noise = torch.randn_like(mean)
+    def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """obs [L, B, S] -> an action per state [L, B, A] and its log-density [L, B]."""
+        action, log_prob = self.samples(obs, 1)
+        return action.squeeze(2), log_prob.squeeze(2)
+
+    def samples(self, obs: Tensor, n: int) -> tuple[Tensor, Tensor]:
+        """obs [L, B, S] -> n actions per state [L, B, n, A] and their log-densities [L, B, n]."""
+        mean, log_std = (x.unsqueeze(2) for x in self(obs))
+        noise = torch.randn(*obs.shape[:2], n, mean.shape[-1], device=obs.device)
         u = mean + log_std.exp() * noise
         log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
         # log(1 - tanh(u)^2) in a form that stays finite where tanh(u) rounds to 1.
@@ -274,6 +279,7 @@ class DynamicsEnsemble(nn.Module):
         self.min_log_var = nn.Parameter(torch.full((lead[0], 1, 1, 1 + obs_dim), -10.0))
         self.register_buffer("input_mean", torch.zeros(obs_dim + action_dim))
         self.register_buffer("input_std", torch.ones(obs_dim + action_dim))
+        self.register_buffer("member", torch.arange(lead[1]), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shape, x = x.shape[:-1], x.flatten(0, -3)
@@ -304,22 +310,16 @@ class DynamicsEnsemble(nn.Module):
 
     @torch.no_grad()
     def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw reward [L, B] and next_obs [L, B, S], every row from one member.
-
-        Rows come in random order: they are dealt to the members in turn, like cards, after a random
-        cut of the deck. Each member gets an equal share, and no row is evaluated by all M.
-        """
-        (learners, members), rows = self.lead, obs.shape[1]
-        padded = math.ceil(rows / members) * members
+        """Draw reward [L, B] and next_obs [L, B, S], every row from one member, in equal shares."""
+        # Row i goes to member i - cut modulo M: a rollout, which keeps its row, changes its member.
+        members, rows = self.lead[1], obs.shape[1]
         x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std
+        x = F.pad(x, (0, 0, 0, -rows % members)).unflatten(1, (-1, members))  # [L, B / M, M, S + A]
         cut = torch.randint(members, (), device=obs.device)  # a tensor: no wait for the GPU
-        deck = (torch.arange(padded, device=obs.device) + cut) % padded
-        x = F.pad(x, (0, 0, 0, padded - rows)).index_select(1, deck)
-        mean, log_std = self(x.view(learners, -1, members, x.shape[-1]).transpose(1, 2))
+        mean, log_std = self(x[:, :, (self.member + cut) % members].transpose(1, 2))
         # MOPO's paper: the mean reward. MOPO's code: the sampled reward. Here: code.
         y = mean + log_std.exp() * torch.randn_like(mean)
-        y = y.transpose(1, 2).reshape(learners, padded, -1)
-        y = y.index_select(1, (torch.arange(rows, device=obs.device) - cut) % padded)
+        y = y.transpose(1, 2)[:, :, (self.member - cut) % members].flatten(1, 2)[:, :rows]
         return y[..., 0], obs + y[..., 1:]
 
 
@@ -345,28 +345,29 @@ def penalised_reward(reward: Tensor, uncertainty: Tensor, penalty_coef: float) -
 
 
 def soft_target(
-    reward: Tensor, terminated: Tensor, q_next: Tensor, bonus: Tensor, gamma: float
+    reward: Tensor, terminated: Tensor, q_next: Tensor, cost: Tensor, gamma: float
 ) -> Tensor:
-    """r + gamma (min_j Q'_j + bonus) where s' is no terminal; q_next [L, 2, B], the rest [L, B].
+    """r + gamma (min_j Q'_j - cost) where s' is no terminal; q_next [L, 2, B], the rest [L, B].
 
-    bonus: -alpha log pi(a'|s') of the action in q_next; 0 makes the backup deterministic.
+    cost: alpha log pi(a'|s') of the action in q_next; 0 makes the backup deterministic.
     """
-    return reward + gamma * (1 - terminated) * (q_next.amin(1) + bonus)
+    return reward + gamma * (1 - terminated) * (q_next.amin(1) - cost)
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
     """Half the squared error of both critics: q [L, 2, B] on target [L, B]."""
-    return 0.5 * (q - target.unsqueeze(1)).square().mean(-1).sum(-1)
+    target = target.unsqueeze(1).expand_as(q)
+    return 0.5 * F.mse_loss(q, target, reduction="none").mean(-1).sum(-1)
 
 
 def policy_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
     """mean of alpha log pi - min_j Q_j; q [L, 2, B], log_prob [L, B], alpha [L]."""
-    return (alpha.unsqueeze(-1) * log_prob - q.amin(1)).mean(-1)
+    return (alpha.unsqueeze(-1) * log_prob - q.min(1).values).mean(-1)
 
 
-def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
-    """Its descent raises alpha [L] while the entropy, mean -log_prob [L, B], is below target."""
-    return -log_alpha * (log_prob + target_entropy).mean(-1)
+def temperature_loss(log_alpha: Tensor, entropy: Tensor, target_entropy: float) -> Tensor:
+    """Its descent raises alpha [L] while the entropy [L] is below target."""
+    return log_alpha * (entropy - target_entropy)
 
 
 def model_loss(mean: Tensor, log_std: Tensor, target: Tensor) -> Tensor:
@@ -381,7 +382,7 @@ def model_loss(mean: Tensor, log_std: Tensor, target: Tensor) -> Tensor:
 def descend(loss: Tensor, optimizer: torch.optim.Adam) -> None:
     """One Adam step along a loss [L], of this optimizer's parameters and none it passes through."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = torch.autograd.grad(loss.sum(), parameters)
+    grads = torch.autograd.grad(loss, parameters, torch.ones_like(loss))  # that is, of its sum
     for parameter, grad in zip(parameters, grads, strict=True):
         parameter.grad = grad
     optimizer.step()
@@ -419,6 +420,7 @@ class MOPO(nn.Module):
         real_rows = int(args.real_fraction * args.batch_size)
         self.register_buffer("real_rows", torch.tensor(real_rows))  # of a mixed batch
         self.register_buffer("learner", torch.arange(self.learners), persistent=False)
+        self.register_buffer("place", torch.arange(args.batch_size), persistent=False)
         self.to(device)
         # MOPO's code: L2 of the weights alone, added to the gradient.
         layers = [*self.model.trunk, self.model.heads]
@@ -463,13 +465,17 @@ class MOPO(nn.Module):
         """Uniform rows of the data, with replacement. -> [L, count, C]"""
         return self.data[torch.randint(len(self.data), (self.learners, count), device=self.device)]
 
-    def sample(self, count: int) -> Batch:
-        """A mixed batch [L, B, ...]: real_rows rows of the data, the rest of the buffer."""
-        # Both kinds are drawn in full and one is kept per row: fixed shapes whatever the mix.
-        place = torch.rand(self.learners, count, device=self.device) * self.buffer_rows
+    def sample(self) -> Batch:
+        """A mixed batch: the first real_rows rows from the data, the rest from the buffer.
+
+        Both kinds are drawn in full and one is kept per row: the same shapes whatever the mix.
+        """
+        shape = self.learners, self.args.batch_size
+        place = torch.rand(shape, device=self.device) * self.buffer_rows
         place = place.long().minimum(self.buffer_rows - 1)  # the product may have been rounded up
-        imagined, real = self.buffer[self.learner.unsqueeze(-1), place], self.sample_data(count)
-        is_real = torch.arange(count, device=self.device) < self.real_rows
+        imagined = self.buffer[self.learner.unsqueeze(-1), place]
+        is_real = self.place < self.real_rows
+        real = self.sample_data(self.args.batch_size)
         return self.split(torch.where(is_real.unsqueeze(-1), real, imagined))
 
     def remember(self, batch: Batch) -> None:
@@ -485,34 +491,35 @@ class MOPO(nn.Module):
 
     def iterate(self) -> Logs:
         """One iteration: critics, policy, temperature, target critics."""
-        batch = self.sample(self.args.batch_size)
-        logs = self.update_critic(batch)
-        logs |= self.update_policy(batch)
+        batch = self.sample()
+        # One call of the policy for both ends of a row: it stands still until its own step.
+        action, log_prob = self.actor.sample(torch.cat([batch.obs, batch.next_obs], 1))
+        (action, next_action), (log_prob, next_log_prob) = action.chunk(2, 1), log_prob.chunk(2, 1)
+        alpha = self.log_alpha.detach().exp()
+        cost = alpha.unsqueeze(-1) * next_log_prob.detach()
+        logs = self.update_critic(batch, next_action.detach(), cost)
+        logs |= self.update_policy(batch.obs, action, log_prob, alpha)
         polyak(self.critic_target, self.critic, self.args.tau)
         return logs
 
-    def update_critic(self, batch: Batch) -> Logs:
-        """One step of both critics."""
+    def update_critic(self, batch: Batch, next_action: Tensor, cost: Tensor) -> Logs:
+        """One step of both critics, with the policy's action at s' and what it costs in entropy."""
         with torch.no_grad():
-            next_action, log_prob = self.actor.sample(batch.next_obs)
             q_next = self.critic_target(batch.next_obs, next_action)
-            bonus = -self.log_alpha.exp().unsqueeze(-1) * log_prob
-            target = soft_target(batch.reward, batch.terminated, q_next, bonus, self.args.gamma)
+            target = soft_target(batch.reward, batch.terminated, q_next, cost, self.args.gamma)
         q = self.critic(batch.obs, batch.action)
         loss = critic_loss(q, target)
         descend(loss, self.optimizers["critic"])
         return {"losses/critic_loss": loss.detach(), "losses/q_values": q.detach().mean((1, 2))}
 
-    def update_policy(self, batch: Batch) -> Logs:
+    def update_policy(self, obs: Tensor, action: Tensor, log_prob: Tensor, alpha: Tensor) -> Logs:
         """One step of the policy and of the temperature."""
-        action, log_prob = self.actor.sample(batch.obs)
-        alpha = self.log_alpha.detach().exp()
-        loss = policy_loss(self.critic(batch.obs, action), log_prob, alpha)
+        loss = policy_loss(self.critic(obs, action), log_prob, alpha)
         descend(loss, self.optimizers["actor"])
-        log_prob, wanted = log_prob.detach(), self.args.target_entropy
-        descend(temperature_loss(self.log_alpha, log_prob, wanted), self.optimizers["temperature"])
-        logs = {"losses/actor_loss": loss.detach(), "losses/entropy": -log_prob.mean(-1)}
-        return logs | {"losses/alpha": self.log_alpha.detach().exp()}
+        entropy, wanted = -log_prob.detach().mean(-1), self.args.target_entropy
+        descend(temperature_loss(self.log_alpha, entropy, wanted), self.optimizers["temperature"])
+        logs = dict(actor_loss=loss.detach(), entropy=entropy, alpha=alpha)
+        return {f"losses/{name}": value for name, value in logs.items()}
 
     # --- rollouts in the model ---
 
@@ -802,8 +809,7 @@ def find_dataset(args: Args) -> Path:
         os.replace(part, path)
     except Exception as error:  # the net, the disk and HDF5 each have their own
         part.unlink(missing_ok=True)
-        hint = f"download {url} to {path} by hand, or name a file with --dataset-path"
-        sys.exit(f"no dataset for {args.env_id} ({error}): {hint}")
+        sys.exit(f"no {path} ({error}): download {url} there, or name a file with --dataset-path")
     return path
 
 
@@ -811,13 +817,16 @@ def read_hdf5(path: Path) -> dict[str, np.ndarray]:
     """D4RL's arrays by key; Minari's main_data.hdf5 in the same form."""
     with h5py.File(path) as file:
         if "episode_0" not in file:
+            if "note" in file.attrs:  # of collect.py: what this is and is not
+                print(file.attrs["note"])
             return {key: file[key][()] for key in file if isinstance(file[key], h5py.Dataset)}
         episodes = [file[f"episode_{i}"] for i in range(len(file))]
         if isinstance(episodes[0]["observations"], h5py.Group):
             sys.exit(f"{path}: observations that are dictionaries do not work here")
-        names = {"terminals": "terminations", "timeouts": "truncations"}
-        names |= {"actions": "actions", "rewards": "rewards"}
+        names = {"terminals": "terminations", "actions": "actions", "rewards": "rewards"}
         raw = {key: np.concatenate([e[name][()] for e in episodes]) for key, name in names.items()}
+        last = np.cumsum([len(e["rewards"]) for e in episodes]) - 1  # a group is an episode
+        raw["timeouts"] = np.isin(np.arange(last[-1] + 1), last) & ~raw["terminals"]
         raw["observations"] = np.concatenate([e["observations"][:-1] for e in episodes])
         raw["next_observations"] = np.concatenate([e["observations"][1:] for e in episodes])
         return raw
@@ -853,7 +862,6 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
 
 def load_dataset(args: Args) -> dict:
     """Transitions [N, ...] on the CPU, checked; rows at time limits are dropped, as in D4RL.
-
     has_next [N]: is s' known? (After a terminal stands the next episode's first state; AMPL's and
     MOPO's code take it.) next_row [N]: that of (s', a'), or -1. starts [episodes, S]. source: dict.
     """
@@ -862,8 +870,8 @@ def load_dataset(args: Args) -> dict:
         raw = read_hdf5(path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         check_arrays(path, raw, env)
-    except (OSError, KeyError) as error:
-        sys.exit(f"{path} is missing, cut or no HDF5 file of D4RL's or Minari's ({error})")
+    except (OSError, KeyError, ValueError) as error:
+        sys.exit(f"{path} is missing, cut or no D4RL file ({' '.join(str(error).split())})")
     obs, size = raw["observations"], len(raw["rewards"])
     terminated, timeout = raw["terminals"], raw["timeouts"]
     ended, keep, stored = terminated | timeout, ~timeout, raw.get("next_observations")
@@ -901,15 +909,14 @@ SIMULATORS = {
 # D4RL's layouts: '#' wall, 'O' open, 'G' the goal cell. Row i and column j are x and y.
 MAZES = {
     "open": "#######/#OOOOO#/#OOGOO#/#OOOOO#/#######",
-    "umaze": "#####/#GOO#/###O#/#OOO#/#####",
+    "umaze": "#####/#GOO#/###O#/#OOO#/#####", "eval-umaze": "#####/#OOG#/#O###/#OOO#/#####",
     "medium": "########/#OO##OO#/#OO#OOO#/##OOO###/#OO#OOO#/#O#OO#O#/#OOO#OG#/########",
     "large": "############/#OOOO#OOOOO#/#O##O#O#O#O#/#OOOOOO#OOO#/#O####O###O#/"
     "#OO#O#OOOOO#/##O#O#O#O###/#OO#OOO#OGO#/############",
-    "eval-umaze": "#####/#OOG#/#O###/#OOO#/#####",
     "eval-medium": "########/#OOOOOG#/#O#O##O#/#OOOO#O#/###OO###/#OOOOOO#/#OO##OO#/########",
     "eval-large": "############/#OO#OOO#OGO#/##O###O#O#O#/#OO#O#OOOOO#/#O##O#OO##O#/"
     "#OOOOOO#OOO#/#O##O#O#O###/#OOOO#OOOOO#/############",
-}
+}  # fmt: skip
 MAZE_LIMITS = {"open": 150, "umaze": 300, "medium": 600, "large": 800}
 
 
@@ -941,8 +948,7 @@ class D4RLSemantics(gymnasium.Wrapper):
             terminated = bool(obs[26] < 0.075)
         if self.reach is not None:  # gymnasium-robotics 1.4.2 has +0.1 * distance, D4RL -0.1
             reward -= 0.2 * np.linalg.norm(self.reach(obs))
-        # In D4RL a time limit wins over a fall in the same step.
-        return obs, float(reward), terminated and not truncated, truncated, info
+        return obs, float(reward), terminated and not truncated, truncated, info  # as in D4RL
 
 
 class Maze2d(gymnasium.Wrapper):
@@ -994,11 +1000,12 @@ def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
         sys.exit(f"--env-id {env_id}: D4RL's {family} tasks have no simulator here")
     try:
         limit = gymnasium.spec(env_id).max_episode_steps or 1000
-        env = gymnasium.make(env_id, max_episode_steps=limit, render_mode=render_mode)
+        render = dict(render_mode=render_mode) if render_mode else {}
+        env = gymnasium.make(env_id, max_episode_steps=limit, **render)
     except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
-        near = difflib.get_close_matches(env_id, [*urls, *gymnasium.registry])
-        hint = f"did you mean {' or '.join(near)}?" if near else error
-        sys.exit(f"--env-id {env_id} cannot be made: {hint}")
+        near = " or ".join(difflib.get_close_matches(env_id, [*urls, *gymnasium.registry]))
+        why = " ".join(str(error).split())
+        sys.exit(f"--env-id {env_id} cannot be made ({why}); did you mean {near or 'another'}?")
     spaces = env.observation_space, env.action_space
     if not all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in spaces):
         sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
@@ -1012,12 +1019,11 @@ def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.
     return kind([functools.partial(make_env, env_id)] * count)
 
 
-# --- evaluation ---
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
     """D4RL scores [L, episodes]: rounds of one episode in each of `eval_episodes` environments."""
-    shape, asynchronous, rounds = (method.learners, args.eval_episodes), args.async_envs, []
-    if asynchronous is None:
-        asynchronous = method.device.type == "cuda" and os.cpu_count() >= 8
+    shape, rounds = (method.learners, args.eval_episodes), []
+    many_cores = method.device.type == "cuda" and os.cpu_count() >= 8
+    asynchronous = many_cores if args.async_envs is None else args.async_envs
     envs = vector_env(args.env_id, math.prod(shape), asynchronous)
     with torch.random.fork_rng():
         reseed(args.seed, "evaluation", k)
@@ -1036,9 +1042,8 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
 def score(method: nn.Module, args: Args, run: Path) -> np.ndarray:
     """Print the scores of `final_episodes` episodes, and render one if asked. -> [L, episodes]"""
     final = evaluate(method, args, args.final_episodes, 0)
-    for seed, scores in enumerate(final, args.seed):
-        error = scores.std() / math.sqrt(len(scores))
-        print(f"seed {seed}: normalized score {scores.mean():.1f} +- {error:.1f}")
+    for seed, x in enumerate(final, args.seed):
+        print(f"seed {seed}: normalized score {x.mean():.1f} +- {x.std() / len(x) ** 0.5:.1f}")
     if args.capture_video:
         record_episode(method, args, run / "episode.gif")
     return final
@@ -1059,7 +1064,6 @@ def record_episode(method: nn.Module, args: Args, path: Path) -> None:
     frames[0].save(path, save_all=True, append_images=frames[3::3], duration=50, loop=0)
 
 
-# --- speed ---
 def choose_device(args: Args) -> torch.device:
     """The GPU if there is one, else the CPU with its faster library; precision of products."""
     torch.set_num_threads(args.threads or torch.get_num_threads())
@@ -1116,12 +1120,14 @@ class Run:
     def __init__(self, args: Args, method: nn.Module, source: dict):
         self.args, self.method, self.source = args, method, source
         self.iteration, self.logs, self.started = 0, {}, time.monotonic()
-        self.curves: list[list[float]] = []  # per evaluation: iteration, score of each learner
+        self.curves = []  # per evaluation: iteration, score of each learner
         self.algo = Path(sys.modules[type(method).__module__].__file__).stem
         name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         self.folder = Path(args.resume or Path(args.run_dir) / name.replace("/", "-"))
         if args.resume:
             self.load_checkpoint()
+        elif self.folder.exists():
+            sys.exit(f"{self.folder} is there already: start again in a second")
         save(vars(args) | {"resume": None}, self.folder / "args.json")
         for kind in type(method).mro()[:-2]:  # its own file, and those of its base classes
             file = Path(sys.modules[kind.__module__].__file__)
@@ -1131,7 +1137,8 @@ class Run:
 
             where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
             wandb.init(**where, config=vars(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.folder), purge_step=self.iteration or None)
+        purge = self.iteration + 1 if args.resume else None  # what came after the checkpoint
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge)
         self.saved, self.saved_at = self.iteration, time.monotonic()  # the last checkpoint
         self.bar = tqdm(total=args.total_iterations, initial=self.iteration)
 

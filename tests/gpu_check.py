@@ -63,7 +63,8 @@ def learner(script: str, quick: bool):
         return steps.build(script, SCRIPTS[script], DEVICE, 1000, **settings)
     import collect
 
-    args = collect.Args("hopper-medium-v2", hidden=(8, 8) if quick else (256, 256))
+    hidden = (8, 8) if quick else (256, 256)
+    args = collect.Args("hopper-medium-v2", hidden=hidden, target_entropy=-6.0)
     sac = collect.SAC(args, *steps.WALKER2D, 1000, torch.device(DEVICE))
     sac.buffer.normal_()
     sac.buffer[..., -1] = 0
