@@ -809,7 +809,7 @@ def find_dataset(args: Args) -> Path:
         os.replace(part, path)
     except Exception as error:  # the net, the disk and HDF5 each have their own
         part.unlink(missing_ok=True)
-        sys.exit(f"no {path} ({error}): download {url} there, or name a file with --dataset-path")
+        sys.exit(f"no data for {args.env_id} ({error}): put {url} at {path}, or use --dataset-path")
     return path
 
 
@@ -1003,9 +1003,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
         render = dict(render_mode=render_mode) if render_mode else {}
         env = gymnasium.make(env_id, max_episode_steps=limit, **render)
     except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
-        near = " or ".join(difflib.get_close_matches(env_id, [*urls, *gymnasium.registry]))
+        near = difflib.get_close_matches(env_id, {*urls, *gymnasium.registry} - {env_id})
         why = " ".join(str(error).split())
-        sys.exit(f"--env-id {env_id} cannot be made ({why}); did you mean {near or 'another'}?")
+        sys.exit(f"cannot make {env_id} ({why}): did you mean {' or '.join(near) or 'another'}?")
     spaces = env.observation_space, env.action_space
     if not all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in spaces):
         sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
