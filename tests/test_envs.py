@@ -104,24 +104,6 @@ def test_resets(maze, goal, cells):
 # --- D4RL's semantics ---
 
 
-def test_time_limits_of_all_tasks():
-    """As d4rl registers them; tasks without a simulator are refused."""
-    limits, infos = {}, types.SimpleNamespace(**ampl.d4rl_tables())
-    for family in ("pointmaze", "gym_mujoco", "hand_manipulation_suite"):
-        text = (D4RL / family / "__init__.py").read_text()
-        record = lambda id, max_episode_steps, **rest: limits.update({id: max_episode_steps})
-        names = dict.fromkeys(re.findall("[A-Z_]{2,}", text)) | dict(register=record, infos=infos)
-        run_source(text, **names)
-    for env_id in infos.DATASET_URLS:
-        if env_id.split("-")[0] in [*ampl.SIMULATORS, "maze2d"]:
-            env = ampl.make_env(env_id)
-            assert env.get_wrapper_attr("_max_episode_steps") == limits[env_id], env_id
-            assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
-        else:
-            with pytest.raises(SystemExit, match="no simulator here"):
-                ampl.make_env(env_id)
-
-
 def d4rl_step(family, sim):
     """Reward and end that the `step` of D4RL's own Adroit task gives in our simulator's state."""
     text = (D4RL / f"hand_manipulation_suite/{family}_v0.py").read_text()

@@ -163,6 +163,14 @@ RULES = [  # task, states inside, states outside
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("task, inside, outside", RULES)
+def test_known_termination(task, inside, outside):
+    """The task's own rule, at its edges."""
+    for states, ends in ((inside, False), (outside, True)):
+        if states:
+            assert (ampl.known_termination(f"{task}-medium-v2", T(states)) == ends).all()
+
+
 def test_buffer_and_mixed_batch():
     """After 8 + 5 rows in a room of 10 the oldest three are gone; a batch begins with data."""
     method = build(num_seeds=2, batch_size=500)

@@ -34,12 +34,3 @@ def test_replay_compares_recorded_with_plain_steps(script, graphs, monkeypatch):
     monkeypatch.setattr(steps, "difference", lambda *states: 0.1)
     with pytest.raises(AssertionError):
         gpu_check.replay(script, quick=True)
-
-
-def test_table():
-    line = dict(script="ampl.py", phase="iteration", seeds=1, graphs=True, tf32=False, ms=0.7)
-    speed = dict(ok=True, seconds=3.0, result=[line | {"peak_gib": 1.5}])
-    failed = dict(ok=False, seconds=1.0, error="a | b\nc")
-    text = gpu_check.table({"speed ampl": speed, "tests": failed})
-    assert "| tests | **no** | 1.0 | a / b c |" in text
-    assert "| ampl.py | iteration | 1 | True | False | 0.7 | 1.5 |" in text

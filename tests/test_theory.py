@@ -90,32 +90,6 @@ def test_ampl_theorem_1():
         assert bound_ratio(m, only, only, model) == pytest.approx(ratio, rel=1e-3)
 
 
-def test_ampl_proposition_2():
-    """Eq. (9): the true omega is the fixed point of T, and iterating T gets there from anywhere.
-
-    The error weighted by d shrinks by gamma or more; the largest does in each step near mu only.
-    """
-    rng, grew = np.random.default_rng(2), 0
-    for far in [0.02, 1.0] * 25:
-        m, mu = random_mdp(rng, rng.uniform(0.5, 0.95)), simplex(rng, S, A)
-        pi, d = mix(rng, mu, far), occupancy(m, mu)
-        truth, omega = occupancy(m, pi) / d, rng.uniform(0.1, 3, (S, A))
-
-        def T(omega: Array, m=m, d=d, pi=pi) -> Array:
-            inflow = m.gamma * np.einsum("sat,sa->t", m.P, omega * d)
-            return (inflow + (1 - m.gamma) * m.mu0)[:, None] * pi / d
-
-        np.testing.assert_allclose(T(truth), truth)
-        for _ in range(400):
-            error, error_after = abs(omega - truth), abs(T(omega) - truth)
-            assert (d * error_after).sum() <= m.gamma * (d * error).sum() + 1e-12
-            grew += far == 1 and error_after.max() > error.max() + 1e-12
-            assert far == 1 or error_after.max() <= error.max() + 1e-12
-            omega = T(omega)
-        np.testing.assert_allclose(omega, truth, rtol=1e-6)
-    assert grew > 0
-
-
 def moment_distance(m: Mdp, d: Array, pi: Array, omega: Array, Q: Array) -> float:
     """ampl.miw_loss between the sides of Eq. (10), fed with exact expectations."""
     weight = omega * d * d.size  # its means over rows are uniform

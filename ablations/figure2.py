@@ -1,6 +1,6 @@
 """The paper's Figure 2: how omega spreads over the data, a panel per run, a violin per re-training.
 
-    python tests/figure2.py out.png runs/<run of ampl.py> runs/<run of ampl_vpm.py> ...
+    python ablations/figure2.py out.png runs/<run of ampl.py> runs/<run of ampl_vpm.py> ...
 
 Reads the runs' weight<iteration>.npy (first learner). Prints the quartiles, which the picture draws
 as short lines.
@@ -47,5 +47,5 @@ def main(out: str, *runs: str) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
-        sys.exit("usage: python tests/figure2.py out.png RUN [RUN ...]")
+        sys.exit("usage: python ablations/figure2.py out.png RUN [RUN ...]")
     main(*sys.argv[1:])
