@@ -809,7 +809,11 @@ def find_dataset(args: Args) -> Path:
         os.replace(part, path)
     except Exception as error:  # the net, the disk and HDF5 each have their own
         part.unlink(missing_ok=True)
-        sys.exit(f"no data for {args.env_id} ({error}): put {url} at {path}, or use --dataset-path")
+        minari = "D4RL/" + args.env_id.replace("-", "/", 1).rsplit("-", 1)[0] + "-v2"
+        way = f"minari download {minari}: ~/.minari/datasets/{minari}/data/main_data.hdf5"
+        if not args.env_id.startswith(("pen", "door", "hammer", "relocate")):
+            way = "collect.py makes one anew (Minari's sets of this name are other data)"
+        sys.exit(f"no {args.env_id} data ({error}): put {url} at {path}, or --dataset-path; {way}")
     return path
 
 
@@ -895,7 +899,6 @@ def load_dataset(args: Args) -> dict:
     return rows | {"source": dict(dataset=str(path), sha256=sha256, rows=size, data_score=score)}
 
 
-# --- environments ---
 # D4RL family: gymnasium id, D4RL's time limit, where palm minus object stands in an observation.
 SIMULATORS = {
     "hopper": ("Hopper-v4", 1000, None),
@@ -1113,7 +1116,6 @@ def reseed(seed: int, phase: str, k: int = 0) -> None:
     torch.manual_seed(int.from_bytes(digest[:4], "little"))
 
 
-# --- run folder ---
 class Run:
     """A run and its folder: progress, TensorBoard, evaluations, checkpoints, result.json."""
 
@@ -1200,9 +1202,7 @@ class Run:
         if saved["device"] == kind:
             (torch.cuda if kind == "cuda" else torch).set_rng_state(saved["rng"].cpu())
         else:
-            print(
-                f"note: resumed on {kind}, which draws and rounds otherwise than {saved['device']}"
-            )
+            print(f"note: resumed on {kind}, which draws otherwise than {saved['device']} did")
 
     def plot_curves(self) -> None:
         """curves.png: the score of every learner against the iterations."""

@@ -197,7 +197,7 @@ def state(folder: Path) -> dict[str, str]:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:
         if isinstance(error, BlockingIOError):
-            return row | dict(state="running", note=f"{left} left, {phase}")
+            return row | dict(state="running", note=f"{left or '?'} left, {phase or 'starting'}")
     if slurm.exists() and slurm.read_text() in subprocess.getoutput("squeue --me -hro %i").split():
         return row | dict(state="queued", note="")
     return row | dict(state="failed" if reason else "stopped")

@@ -259,8 +259,14 @@ def test_a_bad_download_leaves_nothing_behind(manners, server):
     good = {name: getattr(server, name) for name in manners}
     vars(server).update(manners)
     message = refusal(ampl.find_dataset, ampl.Args("pen-human-v1"))
-    for word in ("pen-human-v1", server.url, str(server.folder / "maze.hdf5"), "--dataset-path"):
+    words = "pen-human-v1", server.url, str(server.folder / "maze.hdf5"), "--dataset-path"
+    for word in (
+        *words,
+        "minari download D4RL/pen/human-v2",
+        "D4RL/pen/human-v2/data/main_data.hdf5",
+    ):
         assert word in message
+    assert "collect.py makes one anew" in refusal(ampl.find_dataset, ampl.Args(MAZE))
     assert "collect" not in message and not os.listdir(server.folder)
     vars(server).update(good)
     assert ampl.find_dataset(ampl.Args("pen-human-v1")).read_bytes() == server.body
