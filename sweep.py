@@ -280,10 +280,10 @@ def report(dir: tyro.conf.Positional[str]) -> None:
     learners.drop(columns=["curve", "settings"]).to_csv(Path(dir, "scores.csv"), index=False)
     points = learners.explode("curve")
     points[["iteration", "score"]] = points["curve"].tolist()
-    look = dict(hue="method", errorbar="sd")
-    lines = dict(x="iteration", y="score", col="task", col_wrap=4, facet_kws=dict(sharey=False))
-    sns.relplot(points, kind="line", **lines, **look).savefig(Path(dir, "curves.png"))
-    bars = dict(x="task", y="mean_last_ten", aspect=2)
+    look, tasks = dict(hue="method", errorbar="sd"), learners["task"].nunique()
+    lines = dict(x="iteration", y="score", col="task", col_wrap=min(4, tasks), kind="line", **look)
+    sns.relplot(points, facet_kws=dict(sharey=False), **lines).savefig(Path(dir, "curves.png"))
+    bars = dict(x="mean_last_ten", y="task", height=1.5 + tasks / 2, aspect=16 / (3 + tasks))
     sns.catplot(learners, kind="bar", **bars, **look).savefig(Path(dir, "bars.png"))
 
 
