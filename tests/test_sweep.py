@@ -198,7 +198,7 @@ def test_nothing_to_show(tmp_path):
 @pytest.mark.skipif(not shutil.which("sbatch"), reason="there is no SLURM (tests/README.md)")
 def test_slurm_requeues_and_the_result_is_the_same(tmp_path):
     """Eight jobs; one is requeued in mid-run, one reaches its time limit. Takes minutes."""
-    flags = [*TINY, "--total-iterations", "4000", "--eval-every", "1000"]
+    flags = [*TINY, "--total-iterations", "2000", "--eval-every", "500"]
     slurm = ["--cluster", "slurm", "--slurm-cpus", 1, "--hours", 0.5]
     assert run_set(tmp_path / "slurm", *slurm, "--seeds", *range(8), flags=flags).returncode == 0
     jobs = [tmp_path / "slurm" / f"maze2d-medium-v1__ampl__{seed}" for seed in range(8)]
@@ -207,7 +207,7 @@ def test_slurm_requeues_and_the_result_is_the_same(tmp_path):
     wait_for(lambda: all(list(job.glob("*/checkpoint.pt")) for job in jobs[:2]))
     subprocess.run(["scontrol", "requeue", tickets[0]], check=True)
     subprocess.run(["scontrol", "update", f"JobId={tickets[1]}", "TimeLimit=1"], check=True)
-    wait_for(lambda: {row["state"] for row in states(jobs[0].parent).values()} == {"done"}, 900)
+    wait_for(lambda: {row["state"] for row in states(jobs[0].parent).values()} == {"done"}, 1800)
     assert "Caught signal SIGUSR2" in (jobs[1] / "log.txt").read_text()
     assert len(list(jobs[0].glob("*/events*"))) > 1 and len(list(jobs[1].glob("*/events*"))) > 1
     assert run_set(tmp_path / "here", "--seeds", 0, 1, flags=flags).returncode == 0
