@@ -118,20 +118,17 @@ def test_regularizer_by_hand(states, expected):
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def train(tmp_path, monkeypatch, short_episodes):
     """train(module, resume=None, **changes) -> the run's folder and result; 15 steps per episode"""
     dataset = write_dataset(tmp_path / "data.hdf5", {})
 
     def run(module, resume=None, **changes):
-        monkeypatch.setitem(module.MAZE_LIMITS, "umaze", 15)
         monkeypatch.setattr(module.Run, "plot_curves", lambda run: None)
-        module.vector_env.cache_clear()
         place = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
         args = module.Args(**RUN | dict(dataset_path=dataset, run_dir=str(place)) | changes)
         if resume:
             args = dataclasses.replace(module.load_args(resume), resume=str(resume), **changes)
         result = module.train(args)
-        module.vector_env.cache_clear()
         return resume or next(place.iterdir()), result
 
     return run
