@@ -87,10 +87,7 @@ def test_penalty_and_elites():
 
 @pytest.mark.parametrize("method, cost", [(mopo.MOPO, 0.5), (combo.COMBO, 0.0)])
 def test_iterate(method, cost):
-    """12 of 256 rows are data; r + gamma (min Q' - alpha log pi), COMBO's without entropy.
-
-    All but the model moves.
-    """
+    """12 of 256 rows are data; min Q' - alpha log pi, in COMBO min Q'; all but the model moves."""
     agent = build(method, batch_size=256, real_fraction=0.05, tau=0.1, num_seeds=2)
     agent.rollout()
     agent.data[:, 5], agent.buffer[..., 5] = -7.0, torch.tensor([[1.0], [2.0]])

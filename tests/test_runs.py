@@ -488,9 +488,8 @@ def places(tmp_path_factory, whole, dataset):
 
 
 @pytest.mark.parametrize("line, words", BAD, ids=[line for line, _ in BAD])
-def test_a_mistake_is_one_sentence_and_nothing_is_lost(
-    line, words, places, dataset, tmp_path, monkeypatch
-):
+def test_a_mistake_costs_one_sentence(line, words, places, dataset, tmp_path, monkeypatch):
+    """And nothing is lost."""
     names = {p.stem: str(p.with_suffix("")) for p in places.iterdir()}
     argv = line.format_map(names).split()
     if "--resume" not in argv and "--evaluate" not in argv:
