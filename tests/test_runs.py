@@ -276,8 +276,8 @@ def test_when_checkpoints_are_saved(device, at, monkeypatch):
 
 def die_soon(rng):
     """Let this process be killed at a random moment after some more logs."""
-    soon = lambda *_: signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.03))
-    ampl.Run.log = before_call(rng.randrange(2, 12), ampl.Run.log, soon)
+    n, seconds, log = rng.randrange(2, 12), rng.uniform(1e-4, 0.03), ampl.Run.log
+    ampl.Run.log = before_call(n, log, lambda *_: signal.setitimer(signal.ITIMER_REAL, seconds))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no handler: as sudden as SIGKILL
     ampl.tqdm.set_lock(threading.RLock())  # the dead would hold the one of all processes
 
