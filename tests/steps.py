@@ -104,9 +104,9 @@ def state(method) -> list[Tensor]:
 
 
 def difference(one: list[Tensor], two: list[Tensor]) -> float:
-    """The largest difference of two states, relative to the size of each tensor."""
-    largest = 0.0
+    """The largest difference of two states, relative to the size of each tensor; NaN is infinite"""
+    found = []
     for a, b in zip(one, two, strict=True):
         gap, size = (a.double() - b.double()).abs().max(), a.double().abs().max().clamp(min=1e-3)
-        largest = max(largest, (gap / size).item())
-    return largest if math.isfinite(largest) else math.inf
+        found.append((gap / size).item())
+    return max(found) if all(map(math.isfinite, found)) else math.inf

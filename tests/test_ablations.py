@@ -2,14 +2,15 @@
 
 import functools
 import importlib
+import inspect
 import math
 import re
 import sys
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
+import test_runs
 import torch
 from torch.nn.utils import parameters_to_vector
 
@@ -17,13 +18,9 @@ import ampl
 
 FOLDER = Path(ampl.__file__).parent / "ablations"
 # It ends the warm start after 6 iterations, mixes model data in after 7 and re-trains after 8, 16.
-TINY = dict(
-    env_id="maze2d-umaze-v1", total_iterations=20, warmup_iterations=6, model_retrain_every=8,
-    eval_every=20, eval_episodes=1, final_episodes=1, log_every=10, num_seeds=2, real_decay_every=1,
-    model_max_epochs=2, model_epoch_steps=4, holdout_size=20, model_batch_size=8, model_hidden=16,
-    ensemble_size=3, num_elites=2, rollout_every=5, rollout_rows=60, buffer_size=200, batch_size=16,
-    hidden=(16, 16), miw_steps=6, miw_lr=1e-3, miw_batch_size=8, miw_initial_batch_size=8,
-    num_initial_states=20, threads=1, cuda=False, cpu_fast_matmul=False,
+TINY = test_runs.TINY | dict(
+    total_iterations=20, warmup_iterations=6, real_decay_every=1, model_retrain_every=8,
+    rollout_every=5, eval_every=20, eval_episodes=1, final_episodes=1, checkpoint_every=20,
 )  # fmt: skip
 # The first iteration whose start finds another state than ampl.py's; networks that are left idle.
 FIRST = dict(nw=8, uniform=8, vpm=8, gendice=8, dualdice=8, reward_test=8, value_model=8)
@@ -41,18 +38,16 @@ METHODS = {kind.__module__.removeprefix("ampl_"): kind for kind in KINDS}
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     """15 episodes of 20 rows, every third ends by a terminal; obs and action tell a row's number"""
-    path, rng = tmp_path_factory.mktemp("data") / "data.hdf5", np.random.default_rng(0)
-    last, terminal = (row := np.arange(300)) % 20 == 19, row // 20 % 3 == 0
-    with h5py.File(path, "w") as file:
-        file["observations"] = np.stack([row / 100, *rng.normal(1, 1, (3, 300))], 1)
-        file["actions"] = np.stack([row / 400, rng.uniform(-1, 1, 300)], 1)
-        file["rewards"] = (rng.random(300) < 0.3).astype(np.float32)
-        file["terminals"], file["timeouts"] = last & terminal, last & ~terminal
-    return str(path)
+    row, rng = np.arange(300), np.random.default_rng(0)
+    last, terminal = row % 20 == 19, row // 20 % 3 == 0
+    changes = dict(terminals=last & terminal, timeouts=last & ~terminal)
+    changes["observations"] = np.stack([row / 100, *rng.normal(1, 1, (3, 300))], 1)
+    changes["actions"] = np.stack([row / 400, rng.uniform(-1, 1, 300)], 1)
+    return test_runs.write_dataset(tmp_path_factory.mktemp("data") / "data.hdf5", changes)
 
 
 @pytest.fixture(scope="module")
-def run(dataset, tmp_path_factory):
+def run(dataset, tmp_path_factory, short_episodes):
     """run(name, **changes) trains, once for all tests. -> method, states at iterations, folder"""
 
     @functools.cache
@@ -68,10 +63,7 @@ def run(dataset, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(METHODS[name], "iterate", iterate)
             patch.setattr(ampl.Run, "plot_curves", lambda self: None)  # half of the time
-            patch.setitem(ampl.MAZE_LIMITS, "umaze", 5)
-            ampl.vector_env.cache_clear()
             ampl.train(args, METHODS[name])
-        ampl.vector_env.cache_clear()
         return seen[0], history, Path(args.resume or next(place.iterdir()))
 
     return train
@@ -91,14 +83,22 @@ def test_size_imports_and_text():
 
 
 @pytest.mark.parametrize("name", FIRST)
-def test_flags_without_a_meaning_are_hidden(name, capsys):
+def test_flags_without_a_meaning_are_neither_shown_nor_taken(name, capsys):
+    """The others show their comments and the ablation's defaults, and the base keeps its own."""
     settings, without = MODULES[name].Args, getattr(MODULES[name].Args, "without", ())
-    with pytest.raises(SystemExit):
-        ampl.parse_args(settings, ["--help"])
-    shown, flags = capsys.readouterr().out, settings.__dataclass_fields__
-    hidden = {f for f in flags if not re.search(rf"--{f.replace('_', '-')}[ ,]", shown)}
-    assert hidden == {flag for flag in flags if flag.startswith(without)}
-    assert MODULES[name].__doc__[:40] in shown
+    text, base = (test_runs.shown(capsys, x) for x in (settings, ampl.Args))
+    flags = {f"--{field.replace('_', '-')}": field for field in settings.__dataclass_fields__}
+    hidden = [flag for flag, field in flags.items() if field.startswith(without)]
+    assert [flag for flag in flags if not re.search(f"{flag}[ ,]", text)] == hidden
+    assert all(re.search(f"{flag}[ ,]", base) for flag in hidden)
+    assert MODULES[name].__doc__[:40] in text
+    for field, comment in re.findall(r"^    (\w+): .*  # (.+)$", inspect.getsource(settings), re.M):
+        shown = f"{comment} (default: {getattr(settings, field)})" in text
+        assert shown or field.startswith(without)
+    for flag in hidden[:1]:
+        with pytest.raises(SystemExit) as stop:
+            ampl.parse_args(settings, [flag, "1"])
+        assert stop.value.code == 2 and flag in capsys.readouterr().err
     assert ampl.parse_args(settings, ["--env-id", "pen-human-v1", "--tau", "0.1"]).tau == 0.1
 
 

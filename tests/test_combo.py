@@ -8,14 +8,14 @@ import math
 
 import numpy as np
 import pytest
+import test_mopo
 import torch
-from test_mopo import SMALL, table_of
 from test_runs import flat, saved, write_dataset
 
 import combo
 import mopo
 
-RUN = SMALL | dict(
+RUN = test_mopo.SMALL | dict(
     env_id="maze2d-umaze-v1", total_iterations=12, eval_every=6, eval_episodes=1, final_episodes=2,
     log_every=4, model_max_epochs=2, rollout_every=5, threads=1, cpu_fast_matmul=False,
 )  # fmt: skip
@@ -23,29 +23,8 @@ RUN = SMALL | dict(
 
 def build(**changes):
     """COMBO on 3 observations and 2 actions, one learner per setting."""
-    args = combo.Args(**SMALL | changes)
-    args.num_seeds = len(combo.pairs(args))
-    agent = combo.COMBO(args, 3, 2, torch.device("cpu"))
-    agent.set_data(table_of(40))
-    return agent
-
-
-def batch_of(agent):
-    """A random batch of 16 rows with a terminal in every fifth row."""
-    torch.manual_seed(0)
-    batch = agent.split(torch.randn(agent.learners, 16, sum(agent.columns)))
-    ends = (torch.arange(16) % 5 == 4).float().expand(agent.learners, -1)
-    return batch._replace(action=batch.action.tanh(), terminated=ends)
-
-
-def critic_step(agent, batch):
-    """The logs of a step, and the gradients it went along."""
-    torch.manual_seed(7)
-    next_action, _ = agent.actor.sample(batch.next_obs)
-    cost = torch.zeros_like(batch.reward)
-    return agent.update_critic(batch, next_action.detach(), cost), [
-        p.grad for p in agent.critic.parameters()
-    ]
+    learners = len(combo.pairs(combo.Args(**changes)))
+    return test_mopo.build(combo.COMBO, num_seeds=learners, **changes)
 
 
 def test_log_sum_exp_is_over_all_thirty_weighted_actions():
@@ -62,6 +41,13 @@ def test_log_sum_exp_is_over_all_thirty_weighted_actions():
     grad = torch.autograd.grad(value.sum(), q)[0]
     assert grad[0, 1, 0].tolist() == pytest.approx([0.1553624, 0.8446376])
     assert grad[1, 0, 0].tolist() == pytest.approx([0.2689414, 0.7310586])
+
+
+def test_expectation():
+    """The mean over some rows; no rows give 0 and not NaN, which would end a run."""
+    q = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]).repeat(2, 1, 1)
+    among = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+    assert combo.expectation(q, among).tolist() == [[2.0, 20.0], [0.0, 0.0]]
 
 
 def test_proposals():
@@ -82,31 +68,20 @@ def test_proposals():
         assert value[0, 0].tolist() == pytest.approx([1.7091770] * 2, abs=0.05)
 
 
-@pytest.mark.parametrize("states, rho", [("mixed", [16, 16]), ("model", [12, 4])])
-def test_rows_and_expectation(states, rho):
-    """The first f B rows are data, per learner; rho has all rows or the others; no rows give 0."""
-    pairs = dict(select=True, select_beta=(1.0,), select_real_fraction=(0.25, 0.75))
-    in_data, in_rho = build(**pairs, rho_states=states).rows_of_rho()
-    assert torch.equal(in_data, (torch.arange(16) < torch.tensor([[4], [12]])).float())
-    assert in_rho.sum(-1).tolist() == rho and (in_rho + in_data >= 1).all()
-    q = torch.tensor([[1.0, 2.0, 3.0], [10.0, 20.0, 30.0]]).repeat(2, 1, 1)
-    among = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
-    assert combo.expectation(q, among).tolist() == [[2.0, 20.0], [0.0, 0.0]]
-
-
 @pytest.mark.parametrize("states", ["mixed", "model"])
 def test_critic_gradient_is_that_of_equation_2(states):
-    """Row by row: 0.5 TD^2, no entropy in the backup, + beta (log-sum-exp on rho - Q on data)."""
+    """Row by row: 0.5 TD^2 without entropy, + beta (log-sum-exp on rho - Q on the data rows)."""
     agent = build(select=True, select_beta=(0.5, 5.0), select_real_fraction=(0.25, 0.75),
                   rho_states=states, num_actions=2, gamma=0.9)  # fmt: skip
     torch._foreach_mul_([p.data for p in agent.critic_target.parameters()], 1.3)
-    batch, drawn = batch_of(agent), []
-    sample, propose = agent.actor.sample, agent.proposals
-    agent.actor.sample = lambda s: drawn.append(sample(s)) or drawn[-1]
-    agent.proposals = lambda *states: drawn.append((states, propose(*states))) or drawn[-1][1]
+    batch, propose, drawn = agent.split(torch.randn(4, 16, sum(agent.columns))), agent.proposals, []
+    ends = (torch.arange(16) % 5 == 4).float().expand(4, -1)
+    batch = batch._replace(action=batch.action.tanh(), terminated=ends)
+    agent.proposals = lambda *states: drawn.extend((*states, *propose(*states))) or drawn[2:]
     before, critic = copy.deepcopy(agent.state_dict()), copy.deepcopy(agent.critic)
-    logs, grads = critic_step(agent, batch)
-    (next_action, _), ((obs, next_obs), (actions, density)) = drawn[0], drawn[-1]
+    next_action = agent.actor.sample(batch.next_obs)[0].detach()
+    logs = agent.update_critic(batch, next_action, torch.zeros_like(batch.reward))
+    obs, next_obs, actions, density = drawn
     count, loss, gaps = obs.shape[1], 0.0, torch.zeros(4)
     assert torch.equal(torch.stack([obs, next_obs]), torch.stack(batch[::3])[:, :, -count:])
     q_next = agent.critic_target(batch.next_obs, next_action).amin(1).detach()
@@ -120,43 +95,12 @@ def test_critic_gradient_is_that_of_equation_2(states):
         gap = torch.stack(pushed).mean() - q[n, j, :real].mean()
         gaps[n] += gap.detach() / 2
         loss = loss + beta * gap + 0.5 * (q[n, j] - target[n]).square().mean()
-    for got, want in zip(grads, torch.autograd.grad(loss, list(critic.parameters()))):
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+    grads = torch.autograd.grad(loss, list(critic.parameters()))
+    for parameter, want in zip(agent.critic.parameters(), grads):
+        torch.testing.assert_close(parameter.grad, want, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(logs["losses/conservative_gap"], gaps, atol=1e-5, rtol=1e-4)
     moved = {k for k, v in agent.state_dict().items() if not torch.equal(v, before[k])}
     assert moved == {k for k in before if k.startswith("critic.")}
-
-
-def test_backup_has_no_entropy():
-    """The temperature is of no weight in the critics' target."""
-    agents = [build(num_seeds=1), build(num_seeds=1)]
-    agents[1].log_alpha.data.fill_(3.0)
-    losses = []
-    for agent in agents:
-        torch.manual_seed(0)
-        agent.rollout()
-        losses.append(agent.iterate()["losses/critic_loss"])
-    assert torch.equal(*losses)
-
-
-@pytest.mark.parametrize("states", ["mixed", "model"])
-def test_which_rows_are_pushed(states):
-    """Stored actions of data rows, and only they, are pushed up; rho's states as the flag says."""
-    base = batch_of(build(real_fraction=0.5))  # rows 0 to 7 are data
-
-    def gap(batch):
-        agent = build(real_fraction=0.5, rho_states=states)
-        return critic_step(agent, batch)[0]["losses/conservative_gap"]
-
-    def changes(field, row):
-        x = getattr(base, field).clone()
-        x[:, row] = -x[:, row]
-        return not torch.equal(gap(base), gap(base._replace(**{field: x})))
-
-    assert [changes("action", row) for row in (0, 7, 8, 15)] == [True, True, False, False]
-    # A state's own and its successor's policy draw actions; a data row of "model" has no part.
-    in_rho = [changes("next_obs", row) for row in (0, 7, 8, 15)]
-    assert in_rho == [states == "mixed", states == "mixed", True, True]
 
 
 @pytest.mark.parametrize("states, expected", [("mixed", [4.875, 1.875]), ("model", [6.375, 6.375])])
@@ -174,20 +118,17 @@ def test_regularizer_by_hand(states, expected):
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def train(tmp_path, monkeypatch, short_episodes):
     """train(module, resume=None, **changes) -> the run's folder and result; 15 steps per episode"""
     dataset = write_dataset(tmp_path / "data.hdf5", {})
 
     def run(module, resume=None, **changes):
-        monkeypatch.setitem(module.MAZE_LIMITS, "umaze", 15)
         monkeypatch.setattr(module.Run, "plot_curves", lambda run: None)
-        module.vector_env.cache_clear()
         place = tmp_path / f"runs{len(list(tmp_path.iterdir()))}"
         args = module.Args(**RUN | dict(dataset_path=dataset, run_dir=str(place)) | changes)
         if resume:
             args = dataclasses.replace(module.load_args(resume), resume=str(resume), **changes)
         result = module.train(args)
-        module.vector_env.cache_clear()
         return resume or next(place.iterdir()), result
 
     return run

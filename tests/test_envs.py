@@ -85,10 +85,9 @@ def test_reward_is_that_of_the_position_after_the_step(velocity, paid, reward_ty
     assert step[1] == pytest.approx(expected, abs=1e-6) and step[2:4] == (False, False)
 
 
-@pytest.mark.parametrize(
-    "maze, goal, cells",
-    [("umaze", (1, 1), 7), ("medium", (6, 6), 26), ("large", (7, 9), 46), ("open", (2, 3), 15)],
-)
+@pytest.mark.parametrize("maze, goal, cells", [
+    ("umaze", (1, 1), 7), ("medium", (6, 6), 26), ("large", (7, 9), 46), ("open", (2, 3), 15),
+])  # fmt: skip
 def test_resets(maze, goal, cells):
     """Anywhere open, the goal too; +-0.1 about the integers; speeds of deviation 0.1; by seed."""
     env = ampl.make_env(maze_id(maze))
@@ -113,9 +112,8 @@ def d4rl_step(family, sim):
     places = dict(site_xpos=data.site_xpos, body_xpos=data.xpos, qpos=data.qpos, qvel=data.qvel)
     self = types.SimpleNamespace(data=types.SimpleNamespace(**places), act_mid=0, act_rng=1)
     self.frame_skip, self.do_simulation, self.get_obs = 5, lambda *_: None, lambda: None
-    for name, kind, label in re.findall(
-        r"self\.(\w+) = .*model\.(site|body)_name2id\(.(\w+)", text
-    ):
+    numbers = re.findall(r"self\.(\w+) = .*model\.(site|body)_name2id\(.(\w+)", text)
+    for name, kind, label in numbers:
         setattr(self, name, mujoco.mj_name2id(sim.model, kinds[kind], label))
     if family == "pen":
         norm = lambda a, b: np.linalg.norm(data.site_xpos[a] - data.site_xpos[b])
@@ -191,10 +189,9 @@ def test_gymnasium_ids_take_actions_in_the_unit_box():
     assert make("Slots-v0").get_wrapper_attr("_max_episode_steps") == 1000
 
 
-@pytest.mark.parametrize(
-    "env_id, episodes, largest",
-    [(maze_id("umaze"), 40, 8.0), ("pen-human-v1", 30, 2.5), ("door-human-v1", 4, 0.05)],
-)
+@pytest.mark.parametrize("env_id, episodes, largest", [
+    (maze_id("umaze"), 40, 8.0), ("pen-human-v1", 30, 2.5), ("door-human-v1", 4, 0.05),
+])  # fmt: skip
 def test_random_policies_score_about_zero(env_id, episodes, largest):
     """D4RL's minimum scores are random returns; ours within 4 standard errors, which are small."""
     args = ampl.Args(env_id, eval_episodes=episodes)
@@ -206,9 +203,7 @@ def test_random_policies_score_about_zero(env_id, episodes, largest):
 def test_an_evaluation_has_one_episode_per_slot():
     """Whoever is done early waits: counting what ends first would favour short episodes."""
     args = ampl.Args("Slots-v0", seed=3, eval_episodes=4)
-    scores = ampl.evaluate(
-        random_actor("Slots-v0", 2), args, 6, 0
-    )  # a round of four and half a round
+    scores = ampl.evaluate(random_actor("Slots-v0", 2), args, 6, 0)  # one round and a half
     first = np.arange(3, 11).reshape(2, 4)  # seeds of the slots; in the second round 4000 more
     assert scores.tolist() == (1 + np.hstack([first, (first + 4000)[:, :2]]) % 5).tolist()
 

@@ -14,12 +14,12 @@ from unittest import mock
 
 import pytest
 import torch
+from steps import STEPS, TINY, build, difference, state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import ampl
-from steps import STEPS, TINY, build, difference, state
 
 # --- CUDA graphs on a CPU ---
 

@@ -1,10 +1,12 @@
 """MOPO: its equations by hand, its steps, its model fit, the two generalisation tasks."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
+from steps import dataset
 from torch import distributions as dist
 
 import combo
@@ -18,20 +20,11 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def table_of(rows, obs_dim=3, action_dim=2):
-    """A random dataset, as load_dataset returns it; no terminals."""
-    g = torch.Generator().manual_seed(0)
-    (obs, next_obs), ended = torch.randn(2, rows, obs_dim, generator=g), torch.zeros(rows) > 0
-    action, reward = torch.rand(rows, action_dim, generator=g) * 1.8 - 0.9, obs.sum(-1)
-    columns = dict(obs=obs, action=action, reward=reward, next_obs=next_obs, terminated=ended)
-    return columns | dict(has_next=~ended, starts=obs[:4])
-
-
-def build(dataset=None, **changes):
-    dataset = dataset or table_of(40)
-    sizes = dataset["obs"].shape[1], dataset["action"].shape[1]
-    agent = mopo.MOPO(mopo.Args(**SMALL | changes), *sizes, torch.device("cpu"))
-    agent.set_data(dataset)
+def build(method=mopo.MOPO, sizes=(3, 2), data=None, **changes):
+    """MOPO or COMBO on `data`, else on 40 random rows."""
+    args = sys.modules[method.__module__].Args(**SMALL | changes)
+    agent = method(args, *sizes, torch.device("cpu"))
+    agent.set_data(data or dataset(40, *sizes))
     return agent
 
 
@@ -92,9 +85,10 @@ def test_penalty_and_elites():
         assert agent.uncertainty(obs, action)[0].tolist() == pytest.approx([expected] * 5, abs=1e-3)
 
 
-def test_iterate():
-    """12 of 256 rows are data; r + gamma (min Q' - alpha log pi); all but the model moves."""
-    agent = build(batch_size=256, real_fraction=0.05, tau=0.1, num_seeds=2)
+@pytest.mark.parametrize("method, cost", [(mopo.MOPO, 0.5), (combo.COMBO, 0.0)])
+def test_iterate(method, cost):
+    """12 of 256 rows are data; min Q' - alpha log pi, in COMBO min Q'; all but the model moves."""
+    agent = build(method, batch_size=256, real_fraction=0.05, tau=0.1, num_seeds=2)
     agent.rollout()
     agent.data[:, 5], agent.buffer[..., 5] = -7.0, torch.tensor([[1.0], [2.0]])
     agent.log_alpha.data.fill_(-LN2)  # alpha is 0.5
@@ -103,7 +97,7 @@ def test_iterate():
         batch = agent.sample()
         both = agent.actor.sample(torch.cat([batch.obs, batch.next_obs], 1))
         action, log_prob = (x[:, 256:] for x in both)
-        q_next = agent.critic_target(batch.next_obs, action).amin(1) - 0.5 * log_prob
+        q_next = agent.critic_target(batch.next_obs, action).amin(1) - cost * log_prob
         target = batch.reward + 0.99 * (1 - batch.terminated) * q_next
         loss = mopo.critic_loss(agent.critic(batch.obs, batch.action), target)
     torch.testing.assert_close(agent.iterate()["losses/critic_loss"], loss)
@@ -122,7 +116,7 @@ def test_rollout(penalty_coef, actions):
     """Rewards lose lambda u of their own row, lambda 0 does not ask for u; ended slots restart."""
     more = dict(horizon=5, rollout_starts=600, penalty_coef=penalty_coef, rollout_actions=actions)
     starts = 100.0 * torch.arange(1, 51).unsqueeze(-1)  # the model adds 1, x02 is terminal
-    agent, asked = build(table_of(50, 1) | dict(obs=starts), **more), []
+    agent, asked = build(data=dataset(50, 1, 2) | dict(obs=starts), sizes=(1, 2), **more), []
     agent.actor.forward = lambda obs: (torch.full((*obs.shape[:-1], 2), 0.5),) * 2
     agent.elites.sample = lambda obs, action: (obs[..., 0] / 1000, obs + 1)
     agent.terminate = lambda next_obs: (next_obs[..., 0] % 100 == 2).float()
@@ -143,8 +137,8 @@ def test_rollout(penalty_coef, actions):
 def test_termination():
     """Hopper's rule, or NaN, infinity, a state outside twice the data's range, which is bounded."""
     obs = torch.tensor([-60.0, 0.0]).repeat(30, 1)
-    dataset = table_of(30, 2, 1) | dict(obs=obs, next_obs=torch.zeros(30, 2))
-    agent = build(dataset, horizon=2, rollout_starts=5, penalty_coef=0.0)
+    data = dataset(30, 2, 1) | dict(obs=obs, next_obs=torch.zeros(30, 2))
+    agent = build(sizes=(2, 1), data=data, horizon=2, rollout_starts=5, penalty_coef=0.0)
     assert agent.obs_limit.tolist() == [120.0, 100.0]  # twice 60; at least 100
     states = torch.tensor([[0, 99.0], [1, math.nan], [2, math.inf], [3, -1e30], [4, 101.0]])
     reward = torch.tensor([[3.0, math.nan, 3.0, 3.0, 3.0]])
@@ -162,8 +156,9 @@ def test_termination():
 
 def test_epochs_over_bootstrap_samples(monkeypatch):
     """Each member has a bootstrap of the train rows, seen once per epoch in a new order."""
-    dataset = table_of(90) | dict(reward=torch.arange(90.0))  # names the row, in raw units
-    agent, seen, loss = build(dataset, model_max_epochs=3, num_seeds=2), [], mopo.model_loss
+    data = dataset(90, 3, 2) | dict(has_next=torch.ones(90))
+    data["reward"] = torch.arange(90.0)  # names the row, in raw units
+    agent, seen, loss = build(data=data, model_max_epochs=3, num_seeds=2), [], mopo.model_loss
     noted = lambda *given: seen.append(given[2][..., 0].long()) or loss(*given)
     monkeypatch.setattr(mopo, "model_loss", noted)
     agent.fit_model(lambda *_: None)
@@ -177,7 +172,7 @@ def test_epochs_over_bootstrap_samples(monkeypatch):
     assert 0.5 < (counts[..., train] > 0).float().mean() < 0.75  # 1 - 1 / e, not a permutation
     assert len(epochs.flatten(0, 2).unique(dim=0)) == 18
     seen.clear()
-    build(dataset, model_max_epochs=1, model_batch_size=32).fit_model(lambda *_: None)
+    build(data=data, model_max_epochs=1, model_batch_size=32).fit_model(lambda *_: None)
     order = torch.cat(seen, -1)[0]  # 80 rows: the third batch is half new
     assert torch.equal(order[:, 80:], order[:, :16])
 

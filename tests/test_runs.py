@@ -1,8 +1,8 @@
 """Whole runs, tiny: they reach everything, repeat, resume, survive failures and refuse mistakes."""
 
 import dataclasses
-import hashlib
 import inspect
+import itertools
 import json
 import os
 import random
@@ -21,9 +21,11 @@ import pytest
 import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 import ampl
 
+pytestmark = pytest.mark.usefixtures("short_episodes")
 ROOT = Path(ampl.__file__).parent
 ENV = "maze2d-umaze-dense-v1"
 # All phases: a first fit, rollouts, warm-up and main iterations, evaluations; omega and a weighted
@@ -56,18 +58,8 @@ def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "data.hdf5", {})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_episodes():
-    """Of 15 steps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(ampl.MAZE_LIMITS, "umaze", 15)
-        ampl.vector_env.cache_clear()
-        yield
-    ampl.vector_env.cache_clear()
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, dataset):
+def whole(tmp_path_factory, dataset, short_episodes):
     """The folder of a run that nothing disturbed, pictures and all."""
     place = str(tmp_path_factory.mktemp("whole"))
     ampl.train(ampl.Args(**TINY | dict(dataset_path=dataset, run_dir=place)))
@@ -116,16 +108,13 @@ def contents(folder):
     return {p: p.read_bytes() for p in Path(folder).rglob("*") if p.is_file()}
 
 
-def flat(content, path=""):
-    """{place: value or digest of a tensor} of nested dicts and lists, without the times."""
-    if isinstance(content, dict | list | tuple):
-        pairs = content.items() if isinstance(content, dict) else enumerate(content)
-        parts = [flat(value, f"{path}/{key}") for key, value in pairs if key != "seconds"]
-        return {key: value for part in parts for key, value in part.items()}
-    if isinstance(content, torch.Tensor):
-        digest = hashlib.sha256(content.contiguous().numpy().tobytes()).hexdigest()
-        return {path: (digest, content.shape, content.dtype)}
-    return {path: content}
+def flat(content):
+    """{place: value or all of a tensor} of nested dicts and lists, without the times."""
+    found = {keystr(path): value for path, value in tree_leaves_with_path(content)}
+    for key, x in found.items():
+        if isinstance(x, torch.Tensor):
+            found[key] = x.contiguous().numpy().tobytes(), x.shape, x.dtype
+    return {key: value for key, value in found.items() if "seconds" not in key}
 
 
 def points(folder):
@@ -199,11 +188,8 @@ def test_log(whole):
 def test_seeds(tiny, whole, tmp_path):
     """The same seed gives the same run, however often it is evaluated, logged and saved."""
     base = saved(whole)
-    for changes in ({}, dict(eval_every=5, log_every=7, checkpoint_every=3), dict(seed=1)):
-        folder = tiny(**changes)
-        if not changes:
-            assert_same_run(folder, whole)
-        again = saved(folder)
+    for changes in (dict(eval_every=5, log_every=7, checkpoint_every=3), dict(seed=1)):
+        again = saved(tiny(**changes))
         for part in ("method", "optimizers", "rng"):
             assert (flat(again[part]) == flat(base[part])) == ("seed" not in changes)
         shutil.rmtree(tmp_path / "runs")
@@ -218,28 +204,31 @@ class Killed(BaseException):
     """What SIGKILL would do at this point of the program, in this process."""
 
 
-def cut(tiny, n):
-    """A run that dies at its call number n of Run.log. -> its folder"""
-    log, count, folders = ampl.Run.log, iter(range(10_000)), []
+def before_call(n, function, act):
+    """`function`, but act(*arguments) comes before its call number n."""
+    count = itertools.count()
 
-    def dying(self, *args):
-        folders.append(self.folder)
+    def call(*args):
         if next(count) == n:
-            raise Killed
-        log(self, *args)
+            act(*args)
+        return function(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(ampl.Run, "log", dying)
-        tiny()
-    return folders[0]
+    return call
+
+
+def die(*_):
+    raise Killed
 
 
 # The calls: 0-1 the first fit, then one per iteration and evaluation; 15 is omega, 16-17 the
 # re-fit, 18 the iteration after it, 31 the last evaluation.
 @pytest.mark.parametrize("n, at", [(8, 5), (13, 10), (15, 12), (17, 12), (18, 12), (31, 22)])
-def test_resume_is_exact_wherever_the_run_was_cut(n, at, tiny, whole):
+def test_resume_is_exact_wherever_the_run_was_cut(n, at, tiny, whole, tmp_path):
     """Two learners, in warm-up, omega, re-fit, main loop and end: nothing tells the runs apart."""
-    folder = cut(tiny, n)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ampl.Run, "log", before_call(n, ampl.Run.log, die))
+        tiny()
+    folder = folder_in(tmp_path / "runs")
     assert saved(folder)["iteration"] == at
     assert_same_run(resume(folder), whole)
     shown, expected = points(folder), points(whole)
@@ -287,14 +276,8 @@ def test_when_checkpoints_are_saved(device, at, monkeypatch):
 
 def die_soon(rng):
     """Let this process be killed at a random moment after some more logs."""
-    log, count, n = ampl.Run.log, iter(range(10_000)), rng.randrange(2, 12)
-
-    def counted(self, *args):
-        if next(count) == n:
-            signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-4, 0.03))
-        log(self, *args)
-
-    ampl.Run.log = counted
+    n, seconds, log = rng.randrange(2, 12), rng.uniform(1e-4, 0.03), ampl.Run.log
+    ampl.Run.log = before_call(n, log, lambda *_: signal.setitimer(signal.ITIMER_REAL, seconds))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # no handler: as sudden as SIGKILL
     ampl.tqdm.set_lock(threading.RLock())  # the dead would hold the one of all processes
 
@@ -330,17 +313,14 @@ def test_sudden_death_at_random_moments(tiny, whole, tmp_path):
 def test_a_failure_while_saving(error, where, n, at, tiny, whole, tmp_path):
     """Killed or a full disk: checkpoint.pt is the old or the new one, whole, and the run goes on"""
     module = torch if where == "save" else os
-    real, count = getattr(module, where), iter(range(1000))
 
-    def failing(*args):
-        if next(count) < n:
-            return real(*args)
+    def fail(*args):
         if where == "save":
             args[1].write(b"PK half of a checkpoint")
         raise error("no space left")
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises((SystemExit, Killed)) as stop:
-        patch.setattr(module, where, failing)
+        patch.setattr(module, where, before_call(n, getattr(module, where), fail))
         tiny()
     folder = folder_in(tmp_path / "runs")
     sentence = f"cannot write {folder}/checkpoint.pt (no space left); what was there is unharmed"
@@ -430,14 +410,8 @@ def flags(**changes):
         yield from [f"--no-{key}"] if value is False else [f"--{key}", *words]
 
 
-def spoiled(row, value, *width):
-    """300 rows of zeros but for one."""
-    array = np.zeros((300, *width))
-    array[row] = value
-    return array
-
-
 # Datasets with one thing wrong, and what is said about them.
+ROW = np.arange(300)[:, None]
 DATASETS = {
     "wide": ({"observations": np.zeros((300, 5))}, r"observations are \(300, 5\) .* \(300, 4\)"),
     "narrow": ({"actions": np.zeros((300, 1))}, r"actions are \(300, 1\) and not \(300, 2\)"),
@@ -446,8 +420,9 @@ DATASETS = {
     "text": ({"rewards": np.array([b"a"] * 300)}, "text.hdf5"),
     "no_rows": (dict(observations=np.zeros((0, 4)), actions=np.zeros((0, 2)), rewards=[],
                      terminals=[], timeouts=[]), "at least two episodes"),
-    "nan": ({"observations": spoiled(7, np.nan, 4)}, "observations .*NaN.* first in row 7"),
-    "outside": ({"actions": spoiled(6, 1.5, 2)}, "action in row 6"),
+    "nan": ({"observations": np.where(ROW == 7, np.nan, [0] * 4)},
+            "observations .*NaN.* first in row 7"),
+    "outside": ({"actions": np.where(ROW == 6, 1.5, [0, 0])}, "action in row 6"),
     "endless": ({"timeouts": np.zeros(300)}, "at least two episodes"),
     "constant": ({"rewards": np.ones(300)}, "all rewards .* equal"),
 }  # fmt: skip
@@ -513,9 +488,8 @@ def places(tmp_path_factory, whole, dataset):
 
 
 @pytest.mark.parametrize("line, words", BAD, ids=[line for line, _ in BAD])
-def test_a_mistake_is_one_sentence_and_nothing_is_lost(
-    line, words, places, dataset, tmp_path, monkeypatch
-):
+def test_a_mistake_costs_one_sentence(line, words, places, dataset, tmp_path, monkeypatch):
+    """And nothing is lost."""
     names = {p.stem: str(p.with_suffix("")) for p in places.iterdir()}
     argv = line.format_map(names).split()
     if "--resume" not in argv and "--evaluate" not in argv:
@@ -570,23 +544,3 @@ def test_every_flag_has_a_help_text(capsys):
     lines = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(ampl.Args), re.MULTILINE)
     assert [name for name, _ in lines] == [f.name for f in dataclasses.fields(ampl.Args)]
     assert [name for name, comment in lines if len(comment) < 12 or comment not in text] == []
-
-
-@dataclasses.dataclass
-class Without(ampl.Args):
-    """An ablation's settings."""
-
-    gamma: float = 0.5  # another discount
-    without = ("miw_", "q_coef")
-
-
-def test_flags_that_an_ablation_has_no_use_for(capsys):
-    """Are neither shown nor taken, and the base keeps its own."""
-    text = shown(capsys, Without)
-    assert re.search(r"--gamma FLOAT another discount \(default: 0.5\)", text) and "--tau" in text
-    assert "--miw" not in text and "--q-coef" not in text
-    with pytest.raises(SystemExit) as stop:
-        ampl.parse_args(Without, ["--miw-lr", "1"])
-    assert stop.value.code == 2 and "--miw-lr" in capsys.readouterr().err
-    assert ampl.parse_args(Without, ["--gamma", "0.4"]).miw_lr == ampl.Args().miw_lr
-    assert "--miw-lr" in shown(capsys, ampl.Args)
