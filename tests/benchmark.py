@@ -3,28 +3,20 @@
     python tests/benchmark.py --script ampl.py --threads 1
     python tests/benchmark.py --script ampl.py --against <folder with another version> --threads 1
 
-Data are synthetic, of walker2d's shape. `floor_ms` is the FLOPs of the code as written (torch's own
-counter) over the rate of fp32 matrix products, measured in the same run; elementwise work and
-memory are not in it, so a ratio of 1 cannot be reached. With --against, blocks of the two versions
-take turns, and the ratio of a phase is the median over pairs of blocks: on a shared machine
-nothing else can be compared. Numbers of a busy machine say little by themselves.
+Data are synthetic, of walker2d's shape. `floor_ms`: FLOPs (torch's counter) over the rate of fp32
+products in the same run; elementwise work is not in it, so a ratio of 1 cannot be reached. With
+--against, blocks of the two versions take turns; `ratio` is the median over pairs of blocks.
 """
 
-import contextlib
 import importlib.util
-import io
 import json
-import resource
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import h5py
-import numpy as np
 import steps
 import torch
 import tyro
@@ -126,24 +118,6 @@ def measure(name: str, versions: list[tuple[Callable, int]], options: Options, r
     return line
 
 
-def loading(module, rows: int = 1_000_000) -> float:
-    """Seconds to load a gzipped file of so many rows in D4RL's layout."""
-    rng, (obs_dim, action_dim) = np.random.default_rng(0), steps.WALKER2D
-    obs = rng.standard_normal((rows, obs_dim)).astype(np.float32)
-    columns = dict(observations=obs, next_observations=np.roll(obs, -1, 0))
-    columns["actions"] = rng.uniform(-1, 1, (rows, action_dim)).astype(np.float32)
-    columns["rewards"] = rng.standard_normal(rows).astype(np.float32)
-    columns |= dict(terminals=np.zeros(rows, bool), timeouts=np.arange(rows) % 1000 == 999)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "synthetic.hdf5"
-        with h5py.File(path, "w") as file:
-            for name, values in columns.items():
-                file.create_dataset(name, data=values, compression="gzip")
-        args = module.Args(env_id="walker2d-medium-v2", dataset_path=str(path))
-        with contextlib.redirect_stdout(io.StringIO()):
-            return seconds_of(lambda: module.load_dataset(args), "cpu")
-
-
 def run(options: Options) -> list[dict]:
     """Measure every phase; prints each line as it comes."""
     torch.set_num_threads(options.threads)
@@ -155,12 +129,6 @@ def run(options: Options) -> list[dict]:
     for name in versions[0]:
         lines.append(measure(name, [version[name] for version in versions], options, rate))
         print(json.dumps(lines[-1]), flush=True)
-    if options.device == "cpu":
-        times = [[loading(module) for module in modules] for _ in range(3)]
-        medians = [round(statistics.median(column), 2) for column in zip(*times)]
-        lines.append({"script": options.script, "phase": "loading 1M rows", "seconds": medians})
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(json.dumps(lines[-1] | {"peak_memory_gib": round(peak, 2)}))
     return lines
 
 

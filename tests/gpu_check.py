@@ -4,12 +4,12 @@
 
 Runs the tests that need CUDA; compares recorded steps with plain ones; times the steps of the three
 scripts with one and five learners, with graphs and TF32 on and off; trains AMPL on the bundled
-sample. Writes gpu_check.json and gpu_check.md (a table for tests/README.md). Every part runs in a
-process of its own with a limit of its own: one that fails or hangs loses nothing of the others.
-Needs no network. Without CUDA: one sentence and exit code 2; with a failed part: 1.
+sample. Writes gpu_check.json and gpu_check.md (for tests/README.md). Each part has a process and a time
+limit of its own: its failure loses nothing of the others. Exit code 2: no CUDA; 1: a part failed.
 """
 
 import copy
+import functools
 import json
 import os
 import subprocess
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import benchmark
+import pandas as pd
 import steps
 import torch
 import tyro
@@ -34,13 +35,12 @@ DEVICE = "cuda"
 class Options:
     output: str = "gpu_check"  # the report, without its endings .json and .md
     part: str | None = None  # run this part alone, in this process, and print its result
-    quick: bool = False  # tiny networks and few steps, to test this file itself
 
 
-# ----- the parts: each returns what goes into the report; an assertion that fails is a failure -----
+# ----- the parts: each returns what goes into the report; a failed assertion is a failure -----
 
 
-def machine(quick: bool) -> dict:
+def machine() -> dict:
     """What this is measured on."""
     card = torch.cuda.get_device_properties(0)
     memory = round(card.total_memory / 2**30, 1)
@@ -48,7 +48,7 @@ def machine(quick: bool) -> dict:
     return found | dict(cuda=torch.version.cuda, python=sys.version.split()[0])
 
 
-def tests(quick: bool) -> dict:
+def tests() -> dict:
     """The tests that are skipped without CUDA."""
     command = [sys.executable, "-m", "pytest", "-q", "tests/test_graphs.py", "-k", "on_cuda"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -72,7 +72,7 @@ def learner(script: str, quick: bool):
     return sac
 
 
-def replay(script: str, quick: bool) -> dict:
+def replay(script: str, quick: bool = False) -> dict:
     """Largest relative difference of the states with and without graphs, after 20 and 200 calls."""
     plain, last = learner(script, quick), 40 if quick else 200
     twin, found = copy.deepcopy(plain), {}
@@ -91,15 +91,14 @@ def replay(script: str, quick: bool) -> dict:
     return found
 
 
-def speed(script: str, quick: bool) -> list[dict]:
+def speed(script: str) -> list[dict]:
     """Milliseconds per step: graphs on and off, TF32 on and off, one and five learners."""
     lines = []
     for seeds, graphs, tf32 in ((1, True, False), (1, False, False), (1, True, True),
                                 (5, True, False), (5, True, True)):  # fmt: skip
         torch.cuda.reset_peak_memory_stats()
         options = benchmark.Options(script=f"{script}.py", device="cuda", num_seeds=seeds,
-                                    cuda_graphs=graphs, tf32=tf32, rows=1000 if quick else 100_000,
-                                    blocks=1 if quick else 5)  # fmt: skip
+                                    cuda_graphs=graphs, tf32=tf32)  # fmt: skip
         peak = torch.cuda.max_memory_allocated
         for line in benchmark.run(options):
             memory = {"seeds": seeds, "peak_gib": round(peak() / 2**30, 2)}
@@ -107,20 +106,16 @@ def speed(script: str, quick: bool) -> list[dict]:
     return lines
 
 
-def training(quick: bool) -> dict:
+def training() -> dict:
     """A shortened AMPL run on the bundled sample with five learners: its scores and seconds."""
     import ampl
 
     sizes = dict(total_iterations=8000, warmup_iterations=5000, real_decay_every=1000,
-                 model_retrain_every=6000, model_max_epochs=6, miw_steps=1000, eval_every=2000)  # fmt: skip
-    if quick:
-        sizes = dict(total_iterations=6, warmup_iterations=2, model_retrain_every=4, eval_every=6,
-                     model_max_epochs=1, model_epoch_steps=2, miw_steps=2, num_initial_states=5,
-                     eval_episodes=1, final_episodes=1, rollout_rows=64, rollout_every=2)  # fmt: skip
+                 model_retrain_every=6000, model_max_epochs=6, miw_steps=1000)  # fmt: skip
     phases, clock = {}, time.monotonic()
 
     def timed(name: str):
-        """The seconds of all calls of a function, by its name."""
+        """The seconds of each call of a function, by its name."""
         function = getattr(ampl, name) if hasattr(ampl, name) else getattr(ampl.AMPL, name)
 
         def call(*args, **kwargs):
@@ -128,7 +123,7 @@ def training(quick: bool) -> dict:
             start = time.monotonic()
             result = function(*args, **kwargs)
             torch.cuda.synchronize()
-            phases[name] = phases.get(name, 0.0) + time.monotonic() - start
+            phases[name] = [*phases.get(name, []), round(time.monotonic() - start, 2)]
             return result
 
         setattr(ampl if hasattr(ampl, name) else ampl.AMPL, name, call)
@@ -136,10 +131,8 @@ def training(quick: bool) -> dict:
     for name in ("fit_model", "fit_weight", "evaluate"):
         timed(name)
     with tempfile.TemporaryDirectory() as folder:
-        args = ampl.Args(env_id="maze2d-medium-v1", dataset_path=str(SAMPLE), run_dir=folder,
-                         num_seeds=2 if quick else 5, **sizes)  # fmt: skip
-        result = ampl.train(args)
-    phases = {name: round(seconds, 1) for name, seconds in phases.items()}
+        sizes |= dict(dataset_path=str(SAMPLE), run_dir=folder, num_seeds=5, eval_every=2000)
+        result = ampl.train(ampl.Args(env_id="maze2d-medium-v1", **sizes))
     keys = "last", "mean_last_ten", "final_mean", "device"
     total = round(time.monotonic() - clock, 1)
     return {key: result[key] for key in keys} | {"seconds": phases | {"total": total}}
@@ -148,8 +141,8 @@ def training(quick: bool) -> dict:
 PARTS = {  # name: function, seconds that it may take; nine minutes in all
     "machine": (machine, 20),
     "tests": (tests, 80),
-    **{f"replay {s}": (lambda q, s=s: replay(s, q), 30) for s in (*SCRIPTS, "collect")},
-    **{f"speed {s}": (lambda q, s=s: speed(s, q), 60) for s in SCRIPTS},
+    **{f"replay {s}": (functools.partial(replay, s), 30) for s in (*SCRIPTS, "collect")},
+    **{f"speed {s}": (functools.partial(speed, s), 60) for s in SCRIPTS},
     "training": (training, 140),
 }
 
@@ -157,12 +150,14 @@ PARTS = {  # name: function, seconds that it may take; nine minutes in all
 # ----- running them -----
 
 
-def run_part(name: str, options: Options) -> dict:
+def run_part(name: str) -> dict:
     """A part in a process of its own. -> ok, seconds, and its result or the end of its output"""
-    command = [sys.executable, __file__, "--part", name, *(["--quick"] if options.quick else [])]
-    start = time.monotonic()
+    command, start, limit = (
+        [sys.executable, __file__, "--part", name],
+        time.monotonic(),
+        PARTS[name][1],
+    )
     try:
-        limit = PARTS[name][1]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
         ok, output = done.returncode == 0, done.stdout
         error = (done.stderr or done.stdout).strip()[-1500:]
@@ -173,21 +168,15 @@ def run_part(name: str, options: Options) -> dict:
 
 
 def table(report: dict) -> str:
-    """The report as Markdown."""
-    lines = ["| part | ok | seconds | result |", "|---|---|---|---|"]
-    rows = ["", "| script | phase | learners | graphs | TF32 | ms | peak GiB |", "|---|" * 7]
+    """The report as Markdown: a table of the parts, and one of what was timed."""
+    parts, timed = [], []
     for name, part in report.items():
         result = part.get("result", part.get("error", ""))
         if part["ok"] and name.startswith("speed"):
-            for r in result:
-                cells = r["script"], r["phase"], r["seeds"], r["graphs"], r["tf32"], r["ms"]
-                rows.append("| " + " | ".join(map(str, [*cells, r["peak_gib"]])) + " |")
-            result = "below"
+            timed, result = timed + result, "below"
         text = str(result).replace("\n", " ").replace("|", "/")[-300:]
-        lines.append(
-            f"| {name} | {'yes' if part['ok'] else '**no**'} | {part['seconds']} | {text} |"
-        )
-    return "\n".join([*lines, *rows]).replace("||", "|") + "\n"
+        parts.append(dict(part=name, ok=part["ok"], seconds=part["seconds"], result=text))
+    return "\n\n".join(pd.DataFrame(lines).to_markdown(index=False) for lines in (parts, timed))
 
 
 def main(options: Options) -> int:
@@ -196,11 +185,11 @@ def main(options: Options) -> int:
         print("gpu_check.py needs a CUDA device, and torch sees none here", file=sys.stderr)
         return 2
     if options.part:
-        print(json.dumps(PARTS[options.part][0](options.quick)))
+        print(json.dumps(PARTS[options.part][0]()))
         return 0
     report = {}
     for name in PARTS:
-        report[name] = run_part(name, options)
+        report[name] = run_part(name)
         print(f"{name}: {json.dumps(report[name])[:400]}", flush=True)
         Path(f"{options.output}.json").write_text(json.dumps(report, indent=1))
         Path(f"{options.output}.md").write_text(table(report))

@@ -1,7 +1,4 @@
-"""Datasets: which rows become which transitions, where files are found, what is refused.
-
-What a user sees of a bad file on the command line is in test_runs.py.
-"""
+"""Datasets: which rows become which transitions, where files are found, what is refused."""
 
 import hashlib
 import http.server

@@ -1,8 +1,4 @@
-"""Environments: maze2d and D4RL's semantics against D4RL's own code and numbers; evaluation.
-
-The installed d4rl cannot be imported (it needs mujoco_py and gym), but its sources can be run in
-parts: its registrations, its maze model, the `step` of its Adroit tasks.
-"""
+"""Environments against parts of d4rl's sources (it cannot be imported) and numbers; evaluation."""
 
 import importlib.util
 import re

@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from steps import STEPS, TINY, build, difference, state
+from test_ablations import METHODS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -140,11 +141,13 @@ def test_a_recorded_step_is_the_plain_step(name, graphs):
     assert [graph.replays for graph in graphs] == [17] and len(graphs[0].ops) > 20
 
 
-def test_recorded_steps_share_their_tensors(graphs):
-    """Five graphs in the order of training: catches one that works on a tensor of its own."""
-    get_steps = [get_step for _, _, get_step, _ in list(STEPS.values())[:5]]
-    compare("ampl", "AMPL", get_steps, 6 * [4, 0, 1, 0, 1] + 6 * [4, 2, 3, 2, 3])
-    assert len(graphs) == 5
+@pytest.mark.parametrize("name", METHODS)
+def test_an_ablation_can_be_recorded(name, graphs, monkeypatch):
+    """Whatever its idea, in turns: catches a graph that works on a tensor of its own."""
+    monkeypatch.setattr(METHODS["value_model"], "value_aware", True, raising=False)
+    get_steps = [get_step for script, _, get_step, _ in STEPS.values() if script == "ampl"]
+    compare(METHODS[name].__module__, METHODS[name].__name__, get_steps, 6 * [*range(7)])
+    assert len(graphs) == 7
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

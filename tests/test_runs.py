@@ -282,7 +282,6 @@ def die_soon(rng):
     ampl.tqdm.set_lock(threading.RLock())  # the dead would hold the one of all processes
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_sudden_death_at_random_moments(tiny, whole, tmp_path):
     """Killed again and again, at times that nobody chose: it ends as if it had not been."""
     rng, place, status, kills = random.Random(0), tmp_path / "runs", None, 0
