@@ -189,7 +189,7 @@ def test_report_keeps_apart_what_differs(tmp_path, capsys):
 
 def test_readme_commands_and_a_missing_package(monkeypatch):
     """The first is a whole set: scripts x tasks x seeds."""
-    (line,) = [x for x in (ROOT / "README.md").read_text().split("\n") if "sweep.py run --s" in x]
+    line = next(x for x in (ROOT / "README.md").read_text().split("\n") if "sweep.py run" in x)
     command = [sys.executable, *shlex.split(line)[1:]]
     command.insert(command.index("--"), "--dry-run")
     end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
