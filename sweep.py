@@ -48,7 +48,7 @@ class Run:
     num_seeds: int = 1  # learners of one job, labelled seed, seed + 1, ...
     parallel: int = 0  # jobs at a time; 0: here one a GPU or one a core, on SLURM 256
     gpus: int = min(1, torch.cuda.device_count())  # of a job
-    hours: float = 24.0  # a job that takes longer is requeued and goes on from its checkpoint
+    hours: float = 24.0  # longer jobs are requeued and go on (a fit of the model must end in it)
     dry_run: bool = False  # print the commands, start nothing
     cluster: Literal["local", "slurm"] = "local"
     slurm_partition: str | None = None
@@ -138,13 +138,13 @@ def run(args: Run, flags: list[str]) -> None:
     minutes = max(1, round(60 * args.hours))
     wish = dict(signal_delay_s=min(90, 30 * minutes))  # the warning, in seconds before the end
     if here:
-        executor = submitit.LocalExecutor(folder, max_num_timeout=99)
+        executor = submitit.LocalExecutor(folder, max_num_timeout=20)
         executor.update_parameters(timeout_min=minutes, **wish)
         return run_here(jobs, executor, parallel, args.gpus)
     wish |= dict(time=minutes, cpus_per_task=args.slurm_cpus, array_parallelism=parallel)
     wish |= dict(partition=args.slurm_partition, gpus_per_node=args.gpus or None)
     try:
-        executor = submitit.SlurmExecutor(folder, max_num_timeout=99)
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=20)
         executor.update_parameters(job_name=about.parent.name, **wish)
         with executor.batch():
             handles = [executor.submit(job) for job in jobs]
@@ -225,7 +225,7 @@ def read_learners(folder: str) -> pd.DataFrame:
             result = json.loads(path.read_text())
             code = b"".join(map(Path.read_bytes, sorted(path.parent.glob("*.py"))))
             its = dict(data=result["sha256"][:7], code=hashlib.sha256(code).hexdigest()[:7])
-            its |= result["args"] | result["versions"]
+            its |= {k: v for k, v in result["args"].items() if k not in FREE} | result["versions"]
             for i, seed in enumerate(result["seeds"]):
                 row = dict(task=result["env_id"], script=result["algo"], seed=seed, run=path.parent)
                 row |= {metric: float(result[metric][i]) for metric in METRICS} | dict(settings=its)
@@ -234,7 +234,7 @@ def read_learners(folder: str) -> pd.DataFrame:
             print(f"left out: {path} is damaged or of another version ({error!r})")
     learners = pd.DataFrame(rows) if rows else sys.exit(f"{folder} holds no result.json to read")
     for script, its in learners.groupby("script"):
-        settings = pd.DataFrame([*its["settings"]], its.index).drop(columns=FREE).astype(str)
+        settings = pd.DataFrame([*its["settings"]], its.index).astype(str)
         mixed = settings.columns[settings.groupby(its["task"]).nunique(dropna=False).max() > 1]
         for row, values in settings[mixed].iterrows():
             learners.loc[row, "method"] = " ".join([script, *(f"{k}={values[k]}" for k in mixed)])
