@@ -134,12 +134,11 @@ def test_bad_input_of_run(words, sentence, tmp_path, capsys, monkeypatch):
 
 def write_result(folder, task, script, seeds, scores, **changes):
     folder.mkdir(parents=True)
-    args = dict(seed=seeds[0], num_seeds=len(seeds), env_id=task, run_dir="x", horizon=1)
-    args |= dict(dataset_path=str(folder), resume=None, threads=1, track=False, capture_video=False)
-    result = dict(algo=script, env_id=task, sha256="a" * 64, seeds=seeds, args=args)
-    result |= dict(curves=[[10, *scores], [20, *scores]], last=scores, mean_last_ten=scores)
-    result |= dict(final_mean=scores, versions=dict(torch="2.13.0"))
-    result["args"] |= changes.pop("args", {})
+    args = dict(seed=seeds[0], env_id=task, dataset_path=str(folder), horizon=1)
+    args |= changes.pop("args", {})
+    result = dict(algo=script, env_id=task, sha256="a" * 64, seeds=seeds, args=args, last=scores)
+    result |= dict(curves=[[10, *scores], [20, *scores]], mean_last_ten=scores, final_mean=scores)
+    result["versions"] = dict(torch="2.13.0")
     (folder / "result.json").write_text(json.dumps(result | changes))
 
 
