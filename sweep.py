@@ -1,8 +1,7 @@
 """Run sets of scripts, tasks and seeds, here or on a SLURM cluster; make the papers' tables.
 
     python sweep.py run --scripts ampl.py mopo.py --env-ids pen-human-v1 --seeds 0 1 --dir sweeps/a
-    python sweep.py status sweeps/a
-    python sweep.py report sweeps/a     # any folder with runs in it, also ones started by hand
+    python sweep.py {status,report} sweeps/a     # report: any folder with runs in it
 
 What stands after `--` goes to every script. A set's state is what its jobs' folders hold (log.txt,
 run), so the same `run` goes on after a kill, a time limit or a failure, or adds one more seed.
@@ -47,8 +46,8 @@ class Run:
     seeds: tuple[int, ...] = (0,)
     num_seeds: int = 1  # learners of one job, labelled seed, seed + 1, ...
     parallel: int = 0  # jobs at a time; 0: here one a GPU or one a core, on SLURM 256
-    gpus: int = min(1, torch.cuda.device_count())  # of a job
-    hours: float = 24.0  # longer jobs are requeued and go on (a fit of the model must end in it)
+    gpus: int = min(1, torch.cuda.device_count())  # of a job; on SLURM name it
+    hours: float = 24.0  # on SLURM; longer jobs are requeued and go on (a model's fit must fit in)
     dry_run: bool = False  # print the commands, start nothing
     cluster: Literal["local", "slurm"] = "local"
     slurm_partition: str | None = None
@@ -80,12 +79,11 @@ class Job:
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")
             except (Exception, SystemExit) as error:
-                if not isinstance(getattr(error, "code", None), int):  # a number: it is requeued
-                    atexit.register(print, f"failed: {error}")  # the last line of the log
+                if getattr(error, "code", 1) not in (0, -1, 144):  # the last two: it is requeued
+                    atexit.register(print, "failed:", " ".join(str(error).split()) or repr(error))
                 raise
 
-    def checkpoint(self):
-        """Called by submitit shortly before the time limit. -> what it requeues"""
+    def checkpoint(self):  # called by submitit shortly before the time limit: what to requeue
         return submitit.helpers.DelayedSubmission(self)
 
 
@@ -101,7 +99,7 @@ def make_jobs(args: Run, flags: list[str], threads: int) -> list[Job]:
         sys.path.insert(0, str(script.parent))
         module = importlib.import_module(script.stem)
         base = getattr(module, "ampl", module)  # an ablation has its parser and simulators there
-        if not hasattr(base, "find_dataset"):
+        if not (hasattr(base, "find_dataset") and hasattr(module, "Args")):
             sys.exit(f"{script} does not train on a dataset: name ampl.py or one made like it")
         for env_id in args.env_ids:
             given = base.parse_args(module.Args, ["--env-id", env_id, *flags])
@@ -118,7 +116,10 @@ def make_jobs(args: Run, flags: list[str], threads: int) -> list[Job]:
 
 def run(args: Run, flags: list[str]) -> None:
     """Starts what is neither done nor in SLURM's hands."""
-    here, cores, devices = args.cluster == "local", os.cpu_count(), torch.cuda.device_count()
+    here, devices = args.cluster == "local", torch.cuda.device_count()
+    cores, gap = len(os.sched_getaffinity(0)), np.diff(sorted(args.seeds), append=np.inf).min()
+    if min(args.parallel, args.gpus, args.hours, args.num_seeds - 1, gap - args.num_seeds) < 0:
+        sys.exit("negative numbers, --num-seeds 0, or --seeds less than --num-seeds apart")
     if here and (args.slurm_partition or args.gpus > devices):
         sys.exit(f"this machine has {devices} GPUs; --slurm-partition needs --cluster slurm")
     about, mine = Path(args.dir, "flags"), shlex.join([f"--num-seeds={args.num_seeds}", *flags])
@@ -126,7 +127,7 @@ def run(args: Run, flags: list[str]) -> None:
         sys.exit(f"{args.dir} is a set of other flags ({its}): name another --dir")
     parallel = args.parallel or (256 if not here else devices // args.gpus if args.gpus else cores)
     jobs = make_jobs(args, flags, max(1, cores // parallel) if here else args.slurm_cpus)
-    settled = ("done", "queued") if here else ("done", "queued", "running")  # here it is awaited
+    settled = ("done", "queued") if here else ("done", "queued", "running")
     jobs = [job for job in jobs if state(job.folder)["state"] not in settled]
     if args.dry_run or not jobs:
         commands = [shlex.join(["python", *job.command()]) for job in jobs]
@@ -135,17 +136,16 @@ def run(args: Run, flags: list[str]) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
     about.write_text(mine)
     folder = Path(args.dir).resolve() / "submitit" / time.strftime("%Y%m%d-%H%M%S")
-    minutes = max(1, round(60 * args.hours))
-    wish = dict(signal_delay_s=min(90, 30 * minutes))  # the warning, in seconds before the end
+    os.environ |= dict(PYTHONSAFEPATH="1", TQDM_MININTERVAL="5")  # no copy.py of here; short logs
     if here:
-        executor = submitit.LocalExecutor(folder, max_num_timeout=20)
-        executor.update_parameters(timeout_min=minutes, **wish)
+        executor = submitit.LocalExecutor(folder)
+        executor.update_parameters(timeout_min=60 * 24 * 365)
         return run_here(jobs, executor, parallel, args.gpus)
-    wish |= dict(time=minutes, cpus_per_task=args.slurm_cpus, array_parallelism=parallel)
-    wish |= dict(partition=args.slurm_partition, gpus_per_node=args.gpus or None)
+    wish = dict(time=max(1, round(60 * args.hours)), signal_delay_s=30, array_parallelism=parallel)
+    wish |= dict(cpus_per_task=args.slurm_cpus, gpus_per_node=args.gpus or None)
     try:
         executor = submitit.SlurmExecutor(folder, max_num_timeout=20)
-        executor.update_parameters(job_name=about.parent.name, **wish)
+        executor.update_parameters(job_name="sweep", partition=args.slurm_partition, **wish)
         with executor.batch():
             handles = [executor.submit(job) for job in jobs]
     except Exception as error:  # there is no srun, or sbatch's own words
@@ -157,17 +157,17 @@ def run(args: Run, flags: list[str]) -> None:
 
 def run_here(waiting: list[Job], executor, parallel: int, gpus: int) -> None:
     """`parallel` jobs at a time; a process that is stopped or loses a job exits with 1."""
-    running, failed, devices = {}, 0, max(1, torch.cuda.device_count())
-    sys.stderr = os.fdopen(os.dup(2), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # else submitit's tracebacks show at Ctrl-C
+    running, failed, cards = {}, 0, os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    cards = [int(x) for x in cards if x.isdigit()] or range(torch.cuda.device_count())
+    sys.stderr = os.fdopen(os.dup(2), "w")  # submitit's own goes to a file: tracebacks at Ctrl-C
+    os.dup2(os.open(executor.folder / "stderr.txt", os.O_WRONLY | os.O_CREAT), 2)
     try:
         while waiting or running:
             while waiting and len(running) < parallel:
                 job, slot = waiting.pop(0), min(set(range(parallel)) - running.keys())
-                visible = [(slot * gpus + i) % devices for i in range(gpus)]
+                visible = [cards[(slot * gpus + i) % len(cards)] for i in range(gpus)]
                 executor.update_parameters(gpus_per_node=gpus, visible_gpus=visible)
                 running[slot] = job, executor.submit(job)
-                print("started", job.folder.name, flush=True)
             for slot in [slot for slot in running if running[slot][1].done()]:
                 end = state(running.pop(slot)[0].folder)
                 failed += end["state"] != "done"
@@ -184,14 +184,14 @@ def run_here(waiting: list[Job], executor, parallel: int, gpus: int) -> None:
 def state(folder: Path) -> dict[str, str]:
     """What a job's files say of it."""
     log, slurm = folder / "log.txt", folder / "slurm_id"
-    text = log.read_text(errors="replace").replace("\r", "\n").rstrip() if log.exists() else ""
+    text = log.read_text(errors="replace")[-100_000:].replace("\r", "\n") if log.is_file() else ""
     bars = re.findall(r"(\d+/\d+) \[[^<\]]*<([^,\]]*),[^,\]]*,? ?([^\]]*)\]", text)
     iteration, left, phase = bars[-1] if bars else ("", "", "")
-    score = (re.findall(r"score (\S+ \+- \S+|\[[^\]]*\])", text) or [""])[-1]
-    reason = text.split("\n")[-1].partition("failed: ")[2]  # "" if there is none
-    row = dict(state="", job=folder.name, iteration=iteration, score=score, note=reason)
+    score = (re.findall(r"score (\[[^\]]*\])", text) or [""])[-1]  # of the last evaluation
+    last = text.rstrip().split("\n")[-1]
+    row = dict(state="", job=folder.name, iteration=iteration, score=score, note=last[-200:])
     if any(folder.glob("*/result.json")):
-        return row | dict(state="done")
+        return row | dict(state="done", note="")
     try:
         with open(folder / "lock") as lock:  # held by a job of whichever `run`, on whichever node
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -200,65 +200,64 @@ def state(folder: Path) -> dict[str, str]:
             return row | dict(state="running", note=f"{left or '?'} left, {phase or 'starting'}")
     if slurm.exists() and slurm.read_text() in subprocess.getoutput("squeue --me -hro %i").split():
         return row | dict(state="queued", note="")
-    return row | dict(state="failed" if reason else "stopped")
+    return row | dict(state="failed" if last.startswith("failed: ") else "stopped")
 
 
 def status(dir: tyro.conf.Positional[str]) -> None:
     """What is done, running (iteration, score, time left), queued, failed or stopped."""
-    rows = pd.DataFrame([state(folder) for folder in sorted(Path(dir).glob("*__*__*"))])
-    if rows.empty:
-        sys.exit(f"{dir} holds no jobs of sweep.py")
+    rows = [state(folder) for folder in sorted(Path(dir).glob("*__*__*"))]
+    rows = pd.DataFrame(rows or sys.exit(f"{dir} holds no jobs of sweep.py"))
     print(rows.to_string(index=False))
     sys.exit(int((rows["state"] == "failed").any()))
 
 
 METRICS = {"mean_last_ten": "Mean of the last ten", "last": "Last", "final_mean": "Final episodes"}
 # What the runs of one method may differ in; a dataset counts by its content.
-FREE = "seed num_seeds env_id dataset_path run_dir resume threads track capture_video".split()
+SKIP = "seed num_seeds env_id dataset_path run_dir resume threads track capture_video".split()
 
 
-def read_learners(folder: str) -> pd.DataFrame:
+def read_learners(folder: str, notes: list[str]) -> pd.DataFrame:
     """Each learner of each result.json; `method` is the script and what its runs differ in."""
     rows = []
     for path in sorted(Path(folder).rglob("result.json"), key=os.path.getmtime, reverse=True):
         try:
-            result = json.loads(path.read_text())
+            result = json.loads(path.read_text(), parse_constant=int)  # an error at NaN
             code = b"".join(map(Path.read_bytes, sorted(path.parent.glob("*.py"))))
             its = dict(data=result["sha256"][:7], code=hashlib.sha256(code).hexdigest()[:7])
-            its |= {k: v for k, v in result["args"].items() if k not in FREE} | result["versions"]
+            its |= {k: v for k, v in result["args"].items() if k not in SKIP} | result["versions"]
+            run = dict(task=result["env_id"], script=result["algo"], run=path.parent, settings=its)
+            curves, mine = np.array(result["curves"], float), []
             for i, seed in enumerate(result["seeds"]):
-                row = dict(task=result["env_id"], script=result["algo"], seed=seed, run=path.parent)
-                row |= {metric: float(result[metric][i]) for metric in METRICS} | dict(settings=its)
-                rows.append(row | dict(curve=[(x[0], x[1 + i]) for x in result["curves"]]))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            print(f"left out: {path} is damaged or of another version ({error!r})")
-    learners = pd.DataFrame(rows) if rows else sys.exit(f"{folder} holds no result.json to read")
+                run |= dict(seed=seed, curve=curves[:, [0, 1 + i]].tolist())
+                mine.append(run | {metric: float(result[metric][i]) for metric in METRICS})
+            rows += mine
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            notes.append(f"left out: {path} is damaged or of another version ({error!r})")
+    learners = pd.DataFrame(rows or sys.exit(f"{folder} holds no result.json to read"))
     for script, its in learners.groupby("script"):
         settings = pd.DataFrame([*its["settings"]], its.index).astype(str)
         mixed = settings.columns[settings.groupby(its["task"]).nunique(dropna=False).max() > 1]
+        other = settings.columns[settings.nunique(dropna=False) > 1].difference([*mixed, "data"])
+        if len(other):  # such as the paper's own flags of a task; or versions
+            notes.append(f"the averages of {script} mix tasks of other {', '.join(other)}")
         for row, values in settings[mixed].iterrows():
             learners.loc[row, "method"] = " ".join([script, *(f"{k}={values[k]}" for k in mixed)])
     again = learners.duplicated(["task", "method", "seed"])  # the newest stands first
     for row in learners[again].itertuples():
-        print(f"left out: seed {row.seed} of {row.run}, which a newer run repeats")
+        notes.append(f"left out: seed {row.seed} of {row.run}, which a newer run repeats")
     return learners[~again].sort_values(["method", "task", "seed"])
-
-
-def iqm(*tasks: np.ndarray) -> float:
-    """Interquartile mean over the runs of all tasks (Agarwal et al., NeurIPS 2021)."""
-    return stats.trim_mean(np.concatenate(tasks), 0.25)
 
 
 def summary(learners: pd.DataFrame, metric: str) -> pd.DataFrame:
     """Tasks x methods; then averages over the tasks that every method has, as AMPL's Table 1."""
     groups = learners.groupby(["task", "method"])[metric]
     mean, show = groups.mean().unstack().dropna(), "{:.1f} +- {:.1f} ({})".format
+    iqm = lambda *tasks: stats.trim_mean(np.concatenate(tasks), 0.25)  # Agarwal et al., 2021
     cells = groups.agg(lambda x: show(x.mean(), x.std(), len(x))).unstack(fill_value="-")
     infos = Path(importlib.util.find_spec("d4rl").submodule_search_locations[0], "infos.py")
     scored = mean.index.intersection(runpy.run_path(str(infos))["REF_MIN_SCORE"])
-    rank, average = mean.rank(axis=1, ascending=False).mean(), mean.loc[scored].mean()
-    cells.loc[f"mean rank ({len(mean)} tasks)"] = rank.map("{:.2f}".format)
-    cells.loc[f"average ({len(scored)} tasks)"] = average.map("{:.1f}".format)
+    cells.loc["mean rank"] = mean.rank(axis=1, ascending=False).mean().map("{:.2f}".format)
+    cells.loc["average"] = mean.loc[scored].mean().map("{:.1f}".format)
     for method in mean if len(scored) else ():
         tasks = [groups.get_group((task, method)).to_numpy() for task in scored]
         text = f"{iqm(*tasks):.1f}"
@@ -271,8 +270,9 @@ def summary(learners: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 def report(dir: tyro.conf.Positional[str]) -> None:
     """Tables (report.md), every learner's scores (scores.csv), curves.png and bars.png."""
-    learners = read_learners(dir)
-    text = "Mean +- standard deviation over seeds (how many). Average and IQM: D4RL's tasks only.\n"
+    learners = read_learners(dir, notes := [])
+    text = "Mean +- standard deviation over seeds (how many); averages: D4RL's tasks only.\n\n"
+    text += "".join(f"- {note}\n" for note in notes)
     for metric, title in METRICS.items():
         text += f"\n## {title}\n\n{summary(learners, metric).to_markdown()}\n"
     Path(dir, "report.md").write_text(text)
@@ -280,15 +280,15 @@ def report(dir: tyro.conf.Positional[str]) -> None:
     learners.drop(columns=["curve", "settings"]).to_csv(Path(dir, "scores.csv"), index=False)
     points = learners.explode("curve")
     points[["iteration", "score"]] = points["curve"].tolist()
-    look, tasks = dict(hue="method", errorbar="sd"), learners["task"].nunique()
-    lines = dict(x="iteration", y="score", col="task", col_wrap=min(4, tasks), kind="line", **look)
-    sns.relplot(points, facet_kws=dict(sharey=False), **lines).savefig(Path(dir, "curves.png"))
-    bars = dict(x="mean_last_ten", y="task", height=1.5 + tasks / 2, aspect=16 / (3 + tasks))
-    sns.catplot(learners, kind="bar", **bars, **look).savefig(Path(dir, "bars.png"))
+    wrap = min(4, learners["task"].nunique())
+    look = dict(hue="method", col="task", col_wrap=wrap, errorbar="sd")
+    lines = dict(x="iteration", y="score", facet_kws=dict(sharey=False), kind="line", **look)
+    sns.relplot(points, **lines).savefig(Path(dir, "curves.png"))
+    bars = dict(x="method", y="mean_last_ten", sharey=False, kind="bar", **look)
+    sns.catplot(learners, **bars).savefig(Path(dir, "bars.png"))
 
 
 def main() -> None:
-    """Mistakes end in one sentence on stderr and a non-zero exit status."""
     cut = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     commands = dict(run=Run, status=status, report=report)
     args = tyro.extras.subcommand_cli_from_dict(commands, args=sys.argv[1:cut])
