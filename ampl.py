@@ -288,7 +288,7 @@ class ImportanceWeight(nn.Module):
         super().__init__()
         self.alpha = args.miw_alpha
         self.net = MLP((args.num_seeds,), obs_dim + action_dim, args.hidden, 1)
-        nn.init.uniform_(self.net.out.weight, -3e-3, 3e-3)
+        nn.init.uniform_(self.net.out.weight, -3e-3, 3e-3)  # authors' code, as the zero bias
         nn.init.zeros_(self.net.out.bias)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
@@ -314,7 +314,7 @@ class DynamicsEnsemble(nn.Module):
             std = 1 / (2 * math.sqrt(layer.weight.shape[-2]))
             layer.weight.data.normal_().fmod_(2).mul_(std)
             nn.init.zeros_(layer.bias)
-        # Soft bounds of log_std, learned, shared by the members of a learner.
+        # Soft bounds of log_std, learned, shared by the members of a learner (authors' code).
         self.max_log_std = nn.Parameter(torch.full((args.num_seeds, 1, 1, 1 + obs_dim), 0.25))
         self.min_log_std = nn.Parameter(torch.full((args.num_seeds, 1, 1, 1 + obs_dim), -5.0))
         self.register_buffer("input_mean", torch.zeros(obs_dim + action_dim))
@@ -338,7 +338,7 @@ class DynamicsEnsemble(nn.Module):
 
     @torch.no_grad()
     def normalise_by(self, inputs: Tensor, targets: Tensor) -> None:
-        """Set the units from data rows [N, S + A] and [N, 1 + S]."""
+        """Set the units from data rows [N, S + A] and [N, 1 + S]; floor 1e-12: authors' code."""
         self.input_mean.copy_(inputs.double().mean(0))
         self.input_std.copy_(inputs.double().std(0).clamp(min=1e-12))
         self.target_mean.copy_(targets.double().mean(0))
@@ -366,7 +366,7 @@ class DynamicsEnsemble(nn.Module):
         return y[..., 0], obs + y[..., 1:]
 
 
-# ===== 3. Equations ===============================================================================
+# ===== 3. Equations; at the end what every step is made of ========================================
 # Losses average over the batch and keep the learners apart: they return [L], the caller sums.
 def scale_rewards(reward: Tensor) -> Tensor:
     """Rewards [N] to about [0, 1], the scale that the constants assume."""
@@ -466,7 +466,7 @@ def gradients(loss: Tensor, optimizer: torch.optim.Adam, keep_graph: bool = Fals
 
 
 def move(optimizer: torch.optim.Adam, grads: list[Tensor], max_norm: float = math.inf) -> None:
-    """One Adam step along gradients [L, ...], clipped per learner over all parameters."""
+    """One Adam step along gradients [L, ...], clipped per learner as torch's clip_grad_norm_."""
     if max_norm < math.inf:
         norm = torch.cat([g.flatten(1) for g in grads], 1).norm(dim=1)
         scale = (max_norm / (norm + 1e-6)).clamp(max=1)
@@ -640,7 +640,7 @@ class AMPL(nn.Module):
             fake_obs, fake_raw, keep = self.fake_pairs(obs, raw)
         # Paper: silent. Code: as many true pairs as fake ones remain. Here: always 2B.
         data = self.sample_data(2 * args.batch_size)
-        true_raw = torch.atanh(data.action.clamp(-1 + 1e-7, 1 - 1e-7))
+        true_raw = torch.atanh(data.action.clamp(-1 + 1e-7, 1 - 1e-7))  # fp32: at most 8.3
         pairs = torch.cat([data.obs, fake_obs], 1), torch.cat([true_raw, fake_raw], 1)
         logit_true, logit_fake = self.discriminator(*pairs).chunk(2, 1)
         label = args.label_smoothing + (1 - args.label_smoothing) * torch.rand_like(logit_true)

@@ -89,9 +89,9 @@ class Job:
 
 def make_jobs(args: Run, flags: list[str], threads: int) -> list[Job]:
     """The whole set, judged by the scripts' own parser and simulators. Raises SystemExit."""
-    own = {"--env-id", "--seed", "--num-seeds", "--run-dir", "--resume", "--evaluate"}
-    if own & {flag.split("=")[0].replace("_", "-") for flag in flags}:
-        sys.exit(f"sweep.py itself gives the scripts {', '.join(sorted(own))}: not after --")
+    taken = {"--env-id", "--seed", "--num-seeds", "--run-dir", "--resume", "--evaluate"}
+    if taken & {flag.split("=")[0].replace("_", "-") for flag in flags}:
+        sys.exit(f"sweep.py itself gives the scripts {', '.join(sorted(taken))}: not after --")
     jobs, home, scripts = [], Path(args.dir).resolve(), [Path(x).resolve() for x in args.scripts]
     for script in scripts:
         if not script.is_file() or [other.stem for other in scripts].count(script.stem) > 1:
@@ -108,9 +108,9 @@ def make_jobs(args: Run, flags: list[str], threads: int) -> list[Job]:
                 sys.exit(f"there is no file {given.dataset_path}")
             for seed in args.seeds:
                 folder = home / f"{env_id}__{script.stem}__{seed}".replace("/", "-")
-                its = f"--env-id {env_id} --seed {seed} --num-seeds {args.num_seeds}".split()
-                its += ["--threads", str(threads), "--run-dir", str(folder)]
-                jobs.append(Job(folder, [str(script), *its, *flags]))
+                own = f"--env-id {env_id} --seed {seed} --num-seeds {args.num_seeds}".split()
+                own += ["--threads", str(threads), "--run-dir", str(folder)]
+                jobs.append(Job(folder, [str(script), *own, *flags]))
     return jobs
 
 
@@ -123,8 +123,8 @@ def run(args: Run, flags: list[str]) -> None:
     if here and (args.slurm_partition or args.gpus > devices):
         sys.exit(f"this machine has {devices} GPUs; --slurm-partition needs --cluster slurm")
     about, mine = Path(args.dir, "flags"), shlex.join([f"--num-seeds={args.num_seeds}", *flags])
-    if about.exists() and (its := about.read_text()) != mine:
-        sys.exit(f"{args.dir} is a set of other flags ({its}): name another --dir")
+    if about.exists() and (first := about.read_text()) != mine:
+        sys.exit(f"{args.dir} is a set of other flags ({first}): name another --dir")
     parallel = args.parallel or (256 if not here else devices // args.gpus if args.gpus else cores)
     jobs = make_jobs(args, flags, max(1, cores // parallel) if here else args.slurm_cpus)
     settled = ("done", "queued") if here else ("done", "queued", "running")
@@ -223,9 +223,9 @@ def read_learners(folder: str, notes: list[str]) -> pd.DataFrame:
         try:
             result = json.loads(path.read_text(), parse_constant=int)  # an error at NaN
             code = b"".join(map(Path.read_bytes, sorted(path.parent.glob("*.py"))))
-            its = dict(data=result["sha256"][:7], code=hashlib.sha256(code).hexdigest()[:7])
-            its |= {k: v for k, v in result["args"].items() if k not in SKIP} | result["versions"]
-            run = dict(task=result["env_id"], script=result["algo"], run=path.parent, settings=its)
+            used = dict(data=result["sha256"][:7], code=hashlib.sha256(code).hexdigest()[:7])
+            used |= {k: v for k, v in result["args"].items() if k not in SKIP} | result["versions"]
+            run = dict(task=result["env_id"], script=result["algo"], run=path.parent, settings=used)
             curves, mine = np.array(result["curves"], float), []
             for i, seed in enumerate(result["seeds"]):
                 run |= dict(seed=seed, curve=curves[:, [0, 1 + i]].tolist())

@@ -204,7 +204,7 @@ def test_nothing_to_show(tmp_path):
             command(str(tmp_path))
 
 
-@pytest.mark.skipif(not shutil.which("sbatch"), reason="there is no SLURM (tests/README.md)")
+@pytest.mark.skipif(subprocess.getstatusoutput("sinfo")[0] != 0, reason="needs a SLURM that runs")
 def test_slurm_requeues_and_the_result_is_the_same(tmp_path):
     """Eight jobs; one is requeued in mid-run, one reaches its time limit. Takes minutes."""
     flags = [*TINY, "--total-iterations", "2000", "--eval-every", "500"]
