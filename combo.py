@@ -303,7 +303,7 @@ class DynamicsEnsemble(nn.Module):
             std = 1 / (2 * math.sqrt(layer.weight.shape[-2]))
             nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
             nn.init.zeros_(layer.bias)
-        # Soft bounds of the log-variance, learned, shared by the members of a learner.
+        # Soft bounds of the log-variance, learned, shared by a learner's members (MOPO's code).
         self.max_log_var = nn.Parameter(torch.full((lead[0], 1, 1, 1 + obs_dim), 0.5))
         self.min_log_var = nn.Parameter(torch.full((lead[0], 1, 1, 1 + obs_dim), -10.0))
         self.register_buffer("input_mean", torch.zeros(obs_dim + action_dim))
