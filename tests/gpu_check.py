@@ -5,7 +5,7 @@
 Runs the tests that need CUDA; compares recorded steps with plain ones; times the steps of the three
 scripts with one and five learners, with graphs and TF32 on and off; trains AMPL on the bundled
 sample. Writes gpu_check.json and gpu_check.md, for tests/README.md. A part has a process and a
-time limit of its own: its failure loses nothing of the others. Exit code 2: no CUDA; 1: a part failed.
+time limit of its own: its failure loses nothing of the others. Exit codes: 2 no CUDA, 1 a failure.
 """
 
 import copy
