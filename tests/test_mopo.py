@@ -111,12 +111,15 @@ def test_iterate(method, cost):
             torch.testing.assert_close(after[name], old + 0.1 * (fast - old))
 
 
-@pytest.mark.parametrize("penalty_coef, actions", [(0.0, "policy"), (2.0, "uniform")])
-def test_rollout(penalty_coef, actions):
+@pytest.mark.parametrize("method, penalty_coef, actions", [
+    (mopo.MOPO, 0.0, "policy"), (mopo.MOPO, 2.0, "uniform"), (combo.COMBO, 0.0, "uniform"),
+])  # fmt: skip
+def test_rollout(method, penalty_coef, actions):
     """Rewards lose lambda u of their own row, lambda 0 does not ask for u; ended slots restart."""
-    more = dict(horizon=5, rollout_starts=600, penalty_coef=penalty_coef, rollout_actions=actions)
+    more = dict(sizes=(1, 2), horizon=5, rollout_starts=600, rollout_actions=actions)
     starts = 100.0 * torch.arange(1, 51).unsqueeze(-1)  # the model adds 1, x02 is terminal
-    agent, asked = build(data=dataset(50, 1, 2) | dict(obs=starts), sizes=(1, 2), **more), []
+    agent, asked = build(method, data=dataset(50, 1, 2) | dict(obs=starts), **more), []
+    agent.args.penalty_coef = penalty_coef  # which COMBO has not
     agent.actor.forward = lambda obs: (torch.full((*obs.shape[:-1], 2), 0.5),) * 2
     agent.elites.sample = lambda obs, action: (obs[..., 0] / 1000, obs + 1)
     agent.terminate = lambda next_obs: (next_obs[..., 0] % 100 == 2).float()
@@ -134,15 +137,16 @@ def test_rollout(penalty_coef, actions):
     assert (rows.action.mean().abs() < 0.05) == (actions == "uniform")
 
 
-def test_termination():
+@pytest.mark.parametrize("method", [mopo.MOPO, combo.COMBO])
+def test_termination(method):
     """Hopper's rule, or NaN, infinity, a state outside twice the data's range, which is bounded."""
     obs = torch.tensor([-60.0, 0.0]).repeat(30, 1)
     data = dataset(30, 2, 1) | dict(obs=obs, next_obs=torch.zeros(30, 2))
-    agent = build(sizes=(2, 1), data=data, horizon=2, rollout_starts=5, penalty_coef=0.0)
+    agent = build(method, sizes=(2, 1), data=data, horizon=2, rollout_starts=5)
     assert agent.obs_limit.tolist() == [120.0, 100.0]  # twice 60; at least 100
     states = torch.tensor([[0, 99.0], [1, math.nan], [2, math.inf], [3, -1e30], [4, 101.0]])
     reward = torch.tensor([[3.0, math.nan, 3.0, 3.0, 3.0]])
-    agent.elites.sample = lambda obs, action: (reward, states[None])
+    agent.args.penalty_coef, agent.elites.sample = 0.0, lambda *_: (reward, states[None])
     agent.rollout()
     rows = agent.split(agent.buffer[0, :10])
     assert rows.terminated.tolist() == [0, 1, 1, 1, 1] * 2 and agent.buffer.isfinite().all()

@@ -143,8 +143,7 @@ def write_result(folder, task, script, seeds, scores, **changes):
 
 
 def test_report_is_right_by_hand(tmp_path):
-    """Two tasks, two methods. The interval: of the 16 draws of seeds each has more than 2.5 %, so
-    its ends are the least and the greatest interquartile mean."""
+    """Each of the 16 draws of seeds has more than 2.5 %: the interval is from least to greatest."""
     scores = {"ampl": [[0, 10], [30, 70]], "mopo": [[20, 40], [5, 15]]}
     for script, (pen, door) in scores.items():
         write_result(tmp_path / script / "pen", "pen-human-v1", script, [0, 1], pen)
