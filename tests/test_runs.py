@@ -237,10 +237,7 @@ def test_resume_is_exact_wherever_the_run_was_cut(n, at, tiny, whole, tmp_path):
 
 
 def test_a_finished_run_goes_on(tiny, whole, capsys):
-    """--resume with a larger --total-iterations equals a run of that length; without, it ends.
-
-    On another kind of device, whose random numbers cannot be continued, with a note.
-    """
+    """To a larger --total-iterations as if it had been so long; on another device with a note."""
     folder = tiny(total_iterations=16)
     assert_same_run(resume(folder, "--total-iterations", 24), whole)
     assert ampl.load_args(folder).total_iterations == 24
