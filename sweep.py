@@ -79,7 +79,7 @@ class Job:
             try:
                 runpy.run_path(sys.argv[0], run_name="__main__")
             except (Exception, SystemExit) as error:
-                if getattr(error, "code", 1) not in (0, -1, 144):  # the last two: it is requeued
+                if getattr(error, "code", 1) not in (0, -1):  # -1: submitit requeues it
                     atexit.register(print, "failed:", " ".join(str(error).split()) or repr(error))
                 raise
 
