@@ -1085,7 +1085,7 @@ def known_termination(env_id: str, s: Tensor) -> Tensor:
         return ~(s.isfinite().all(-1) & (s[..., 0] >= 0.2) & (s[..., 0] <= 1.0))
     if family == "pen":  # height of the pen in m
         return s[..., 26] < 0.075
-    return torch.zeros_like(s[..., 0], dtype=torch.bool)  # halfcheetah, maze2d, Adroit: never
+    return torch.zeros_like(s[..., 0], dtype=torch.bool)  # halfcheetah, maze2d, other Adroit: never
 
 
 class D4RLSemantics(gymnasium.Wrapper):
@@ -1182,7 +1182,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
         reseed(args.seed, "evaluation", k)
         for first in range(0, episodes, args.eval_episodes):
             returns, live = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
-            obs, _ = envs.reset(seed=args.seed + 1000 * (k + first))
+            obs, _ = envs.reset(seed=10**10 * args.seed + 1000 * (k + first))
             while live.any():
                 action = method.act(obs.reshape(*shape, -1)).reshape(envs.num_envs, -1)
                 obs, reward, terminated, truncated, _ = envs.step(action)

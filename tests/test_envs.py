@@ -200,17 +200,17 @@ def test_an_evaluation_has_one_episode_per_slot():
     """Whoever is done early waits: counting what ends first would favour short episodes."""
     args = ampl.Args("Slots-v0", seed=3, eval_episodes=4)
     scores = ampl.evaluate(random_actor("Slots-v0", 2), args, 6, 0)  # one round and a half
-    first = np.arange(3, 11).reshape(2, 4)  # seeds of the slots; in the second round 4000 more
+    first = 3 * 10**10 + np.arange(8).reshape(2, 4)  # in the second round 4000 more
     assert scores.tolist() == (1 + np.hstack([first, (first + 4000)[:, :2]]) % 5).tolist()
 
 
 def test_processes_give_the_same_returns():
-    """--async-envs, with two learners; other evaluations start elsewhere."""
+    """--async-envs, with two learners; other evaluations and other seeds start elsewhere."""
     env_id, rule = "hopper-medium-v2", lambda obs: np.tanh(obs[..., :3] * 5 - 1)
-    method, args = actor(rule, 2), ampl.Args(env_id, eval_episodes=2)
-    one, other = (ampl.evaluate(method, args, 4, k) for k in (7, 8))
-    args.async_envs = True
-    assert np.array_equal(one, ampl.evaluate(method, args, 4, 7))
-    assert len(np.unique([one, other])) == 16
+    method, args = actor(rule, 2), [ampl.Args(env_id, seed, eval_episodes=2) for seed in (0, 1)]
+    one, *others = (ampl.evaluate(method, args[i], 4, k) for i, k in ((0, 7), (0, 8), (1, 7)))
+    args[0].async_envs = True
+    assert np.array_equal(one, ampl.evaluate(method, args[0], 4, 7))
+    assert len(np.unique([one, *others])) == 24
     ampl.vector_env(env_id, 4, True).close()
     ampl.vector_env.cache_clear()
