@@ -10,8 +10,8 @@
 
 Yang, Zhang, Feng, Zhou: A Unified Framework for Alternating Offline Model Training and Policy
 Learning, NeurIPS 2022. A model fitted once to the data is good where the data is, not where the
-policy goes. AMPL refits it with weights omega that say how often the current policy would visit
-each stored (s, a), and keeps the policy's (s, a) pairs close to the data's with a GAN.
+policy goes. AMPL refits it with weights omega, which say how many times as often as the data the
+policy visits each stored (s, a), and keeps the policy's (s, a) pairs close to the data's by a GAN.
 
 Algorithm 1, in the order of the authors' code, with the equations as they are tagged below:
 
@@ -27,9 +27,9 @@ Algorithm 1, in the order of the authors' code, with the equations as they are t
 
 `# Paper: ... Code: ... Here: ...` marks a place where the paper's main text and the authors' code
 (Shentao-YANG/AMPL_NeurIPS2022) differ, and says what this file does. Eq. (1)-(3), (5) and (7)-(9)
-are theory and have no line. What follows `main` may be skipped. The method uses of it: `reseed` (a
-seed for each phase), `capture` (a step as a CUDA graph; on a CPU the step itself), `make_env` and
-`known_termination` (a task's simulator and its rule of ending), `load_dataset` and `Run`.
+are theory and have no line. What follows `main` may be skipped. The method uses of it above all
+`reseed` (a seed for each phase), `capture` (a step as a CUDA graph; on a CPU the step itself),
+`known_termination` (a task's rule of ending), `make_env`, `load_dataset` and `Run`.
 
 Run: `python ampl.py --env-id pen-human-v1`. Settings of the paper's sixteen tasks: `PAPER`.
 """
@@ -85,7 +85,7 @@ class Args:
     wandb_project_name: str = "ampl"  # project of --track
     wandb_entity: str | None = None  # team of --track
     log_every: int = 1000  # iterations between two points in TensorBoard
-    checkpoint_every: int = 10_000  # iterations between two checkpoints, on a GPU also a minute
+    checkpoint_every: int = 10_000  # at least so many iterations apart, on a GPU also a minute
     capture_video: bool = False  # render an episode to episode.gif (no screen: MUJOCO_GL=egl)
     # --- data ---
     dataset_path: str | None = None  # HDF5 of D4RL or Minari; else D4RL's folder, else its server
@@ -668,7 +668,7 @@ class AMPL(nn.Module):
 
     @torch.no_grad()
     def rollout(self) -> Logs:
-        """Roll out from stored states up to the first terminated step; into the buffer with all."""
+        """Roll out from stored states, up to the first terminated step, and store every step."""
         args, ended = self.args, []
         # Paper: silent. Code: batches of 2048 rollouts until 32,000 rows are there or more (37,120
         # at horizon 5). Here: 32,000, and an ended rollout's slot restarts, so that shapes are
@@ -1261,7 +1261,7 @@ def capture(step: Callable[[], dict], args: Args) -> Callable[[], dict]:
 
 
 def reseed(seed: int, phase: str, k: int = 0) -> None:
-    """A seed for each network and phase, so that phases do not disturb one another."""
+    """A seed for each phase (a name and a number), so that phases do not disturb one another."""
     digest = hashlib.sha256(f"{seed} {phase} {k}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:4], "little"))
 

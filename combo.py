@@ -10,8 +10,8 @@
 
 Yu, Kumar, Rafailov, Rajeswaran, Levine, Finn: COMBO: Conservative Offline Model-Based Policy
 Optimization, NeurIPS 2021. A penalty such as MOPO's needs a model that knows where it errs. COMBO
-does without: it trains SAC on data and model rollouts, and pushes Q down on states of the rollouts
-with actions of the policy, up on the data. What lies out of the data's reach ends up low.
+does without: it trains SAC on data and model rollouts, and pushes Q down at actions of the policy
+and random ones, up on the data's pairs. What lies out of the data's reach ends up low.
 
 Algorithm 1, with the equations as they are tagged below:
 
@@ -27,9 +27,9 @@ No code was released with the paper, and its main text leaves many constants to 
 marked `(recalled)` are from memory, not read. Public re-implementations differ from one another.
 Eq. (1), (4) and (5) are theory and have no line. The model is MOPO's: `--dynamics-from` also takes
 a run of mopo.py. `--select` chooses beta and f without the environment.
-What follows `main` may be skipped. The method uses of it: `reseed` (a seed for each phase),
-`capture` (a step as a CUDA graph; on a CPU the step itself), `known_termination` (a task's rule of
-ending), `load_dataset` and `Run`.
+What follows `main` may be skipped. The method uses of it above all `reseed` (a seed for each
+phase), `capture` (a step as a CUDA graph; on a CPU the step itself), `known_termination` (a task's
+rule of ending), `load_dataset` and `Run`.
 
 Run: `python combo.py --env-id hopper-medium-replay-v2`. Settings of the paper's tasks: `PAPER`.
 """
@@ -88,7 +88,7 @@ class Args:
     wandb_project_name: str = "combo"  # project of --track
     wandb_entity: str | None = None  # team of --track
     log_every: int = 1000  # iterations between two points in TensorBoard
-    checkpoint_every: int = 10_000  # iterations between two checkpoints, on a GPU also a minute
+    checkpoint_every: int = 10_000  # at least so many iterations apart, on a GPU also a minute
     capture_video: bool = False  # render an episode to episode.gif (no screen: MUJOCO_GL=egl)
     # --- data ---
     dataset_path: str | None = None  # HDF5 of D4RL or Minari; else D4RL's folder, else its server
@@ -541,7 +541,7 @@ class COMBO(nn.Module):
     def update_critic(self, batch: Batch, next_action: Tensor, cost: Tensor) -> Logs:
         """One step of both critics, with the policy's action at s' and what it costs in entropy."""
         in_data, in_rho = self.rows_of_rho()
-        # Rows that are data for every learner may be no states of rho: they are not evaluated then.
+        # With --rho-states model, rows that are data for every learner are not in rho: skipped.
         first = min(real_rows(self.args)) if self.args.rho_states == "model" else 0
         obs, next_obs, in_rho = batch.obs[:, first:], batch.next_obs[:, first:], in_rho[:, first:]
         with torch.no_grad():
@@ -1261,7 +1261,7 @@ def capture(step: Callable[[], dict], args: Args) -> Callable[[], dict]:
 
 
 def reseed(seed: int, phase: str, k: int = 0) -> None:
-    """A seed for each network and phase, so that phases do not disturb one another."""
+    """A seed for each phase (a name and a number), so that phases do not disturb one another."""
     digest = hashlib.sha256(f"{seed} {phase} {k}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:4], "little"))
 

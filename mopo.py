@@ -25,8 +25,8 @@ Algorithm 1, made concrete on SAC (the paper's appendix), with the equations as 
 `# Paper: ... Code: ... Here: ...` marks a place where the paper and the authors' released code
 (tianheyu927/mopo) differ, and says what this file does. Eq. (1), (2), (4) and (8)-(11) are theory
 and have no line. `--penalty-coef 0` is MBPO. What follows `main` may be skipped. The method uses of
-it: `reseed` (a seed for each phase), `capture` (a step as a CUDA graph; on a CPU the step itself),
-`known_termination` (a task's rule of ending), `load_dataset` and `Run`.
+it above all `reseed` (a seed for each phase), `capture` (a step as a CUDA graph; on a CPU the step
+itself), `known_termination` (a task's rule of ending), `load_dataset` and `Run`.
 
 Run: `python mopo.py --env-id hopper-medium-replay-v2`. Settings of the paper's tasks: `PAPER`.
 """
@@ -84,7 +84,7 @@ class Args:
     wandb_project_name: str = "mopo"  # project of --track
     wandb_entity: str | None = None  # team of --track
     log_every: int = 1000  # iterations between two points in TensorBoard
-    checkpoint_every: int = 10_000  # iterations between two checkpoints, on a GPU also a minute
+    checkpoint_every: int = 10_000  # at least so many iterations apart, on a GPU also a minute
     capture_video: bool = False  # render an episode to episode.gif (no screen: MUJOCO_GL=egl)
     # --- data ---
     dataset_path: str | None = None  # HDF5 of D4RL or Minari; else D4RL's folder, else its server
@@ -1111,7 +1111,7 @@ def capture(step: Callable[[], dict], args: Args) -> Callable[[], dict]:
 
 
 def reseed(seed: int, phase: str, k: int = 0) -> None:
-    """A seed for each network and phase, so that phases do not disturb one another."""
+    """A seed for each phase (a name and a number), so that phases do not disturb one another."""
     digest = hashlib.sha256(f"{seed} {phase} {k}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:4], "little"))
 
