@@ -893,7 +893,8 @@ def main(settings: type = Args, method: type = AMPL) -> None:
     """The command line. Mistakes end in one sentence on stderr and a non-zero exit status."""
     args = parse_args(settings)
     if args.evaluate:
-        score(load_policy(args.evaluate, settings, method), args, Path(args.evaluate))
+        policy = load_policy(args.evaluate, settings, method)
+        report(policy, args, evaluate(policy, args, args.final_episodes, 0), Path(args.evaluate))
     else:
         train(args, method)
 
@@ -901,25 +902,26 @@ def main(settings: type = Args, method: type = AMPL) -> None:
 # ===== Appendix, the same in ampl.py, mopo.py and combo.py: what follows may be skipped ===========
 def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     """Two passes: the first finds the task or the run whose settings the second starts from."""
-    about = "\n\n".join(sys.modules[settings.__module__].__doc__.split("\n\n")[:2])
+    about = "\n\n".join((sys.modules[settings.__module__].__doc__ or "").split("\n\n")[:2])
     for field in dataclasses.fields(settings):
         if field.name.startswith(getattr(settings, "without", ())):  # an ablation's: not taken
             settings.__annotations__[field.name] = tyro.conf.Fixed[field.type]
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
     default = settings(**dict(zip(PAPER_FLAGS, PAPER.get(first.env_id, ()))), env_id=first.env_id)
-    if run := first.resume or first.evaluate:
-        default = load_args(run, settings)
-        default = dataclasses.replace(default, resume=first.resume, evaluate=first.evaluate)
+    mode, new = "resume", ["total_iterations"]  # which flags may be new
+    if first.resume is None:
+        mode, new = "evaluate", "seed eval_episodes final_episodes async_envs capture_video".split()
+    if (run := getattr(first, mode)) is not None:
+        default = dataclasses.replace(load_args(run, settings), **{mode: run})
     given = dict(args=argv, default=default, config=(tyro.conf.SuppressFixed,))
     args = tyro.cli(settings, description=about, **given)
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
-        if args.resume and name != "total_iterations" and value != getattr(default, name):
-            sys.exit(f"--resume takes {flag} from the run: leave that flag out")
-        if name.endswith("_every") and value < 1:
-            sys.exit(f"{flag} must be at least 1")
-    if args.resume and args.evaluate:
-        sys.exit("--resume continues a run and --evaluate scores one: give one of them")
+        if run is not None and name not in new and value != getattr(default, name):
+            sys.exit(f"--{mode} takes {flag} from the run: leave that flag out")
+        least = int(name not in ("seed", "warmup_iterations", "threads"))
+        if type(value) is int and value < least:
+            sys.exit(f"{flag} must be at least {least}")
     if args.track and importlib.util.find_spec("wandb") is None:
         sys.exit("--track needs Weights and Biases: pip install wandb")
     check_args(args)
@@ -1024,15 +1026,15 @@ def load_dataset(args: Args) -> dict:
         raw = read_hdf5(path)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         check_arrays(path, raw, env)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         sys.exit(f"{path} is missing, cut or no D4RL file ({' '.join(str(error).split())})")
     obs, size = raw["observations"], len(raw["rewards"])
     terminated, timeout = raw["terminals"], raw["timeouts"]
     ended, keep, stored = terminated | timeout, ~timeout, raw.get("next_observations")
-    if ended.sum() < 2:
-        sys.exit(f"{path}: terminals or timeouts must end at least two episodes")
+    if ended.sum() < 2 or keep.sum() < 6:
+        sys.exit(f"{path}: it needs at least two episodes that end, and six rows not at a limit")
     returns = np.diff(np.cumsum(raw["rewards"], dtype=np.float64)[ended], prepend=0.0)
-    score = d4rl_score(args.env_id, returns).mean()
+    score = float(d4rl_score(args.env_id, returns).mean())
     if terminated.any() and not args.env_id.lower().startswith(("hopper", "walker", "ant", "pen")):
         print("note: this task's rule of ending is unknown: rollouts end only far outside the data")
     print(f"{path}: {size} rows, {len(returns)} whole episodes with a mean score of {score:.1f}")
@@ -1152,9 +1154,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
     if env_id in urls:
         sys.exit(f"--env-id {env_id}: D4RL's {family} tasks have no simulator here")
     try:
-        limit = gymnasium.spec(env_id).max_episode_steps or 1000
-        render = dict(render_mode=render_mode) if render_mode else {}
-        env = gymnasium.make(env_id, max_episode_steps=limit, **render)
+        env = gymnasium.make(env_id, **(dict(render_mode=render_mode) if render_mode else {}))
+        if env.spec.max_episode_steps is None:
+            env = gymnasium.wrappers.TimeLimit(env, 1000)
     except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
         near = difflib.get_close_matches(env_id, {*urls, *gymnasium.registry} - {env_id})
         why = " ".join(str(error).split())
@@ -1192,14 +1194,12 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
     return np.concatenate(rounds, 1)[:, :episodes]
 
 
-def score(method: nn.Module, args: Args, run: Path) -> np.ndarray:
-    """Print the scores of `final_episodes` episodes, and render one if asked. -> [L, episodes]"""
-    final = evaluate(method, args, args.final_episodes, 0)
+def report(method: nn.Module, args: Args, final: np.ndarray, run: Path) -> None:
+    """Print the scores `final` [L, episodes], and render an episode if asked."""
     for seed, x in enumerate(final, args.seed):
         print(f"seed {seed}: normalized score {x.mean():.1f} +- {x.std() / len(x) ** 0.5:.1f}")
     if args.capture_video:
         record_episode(method, args, run / "episode.gif")
-    return final
 
 
 def record_episode(method: nn.Module, args: Args, path: Path) -> None:
@@ -1285,12 +1285,10 @@ class Run:
             file = Path(sys.modules[kind.__module__].__file__)
             (self.folder / file.name).write_bytes(file.read_bytes())
         if args.track:
-            import wandb
-
+            wandb = importlib.import_module("wandb")
             where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
             wandb.init(**where, config=vars(args), sync_tensorboard=True)
-        purge = self.iteration + 1 if args.resume else None  # what came after the checkpoint
-        self.writer = SummaryWriter(str(self.folder), purge_step=purge)
+        self.writer = SummaryWriter(str(self.folder), purge_step=args.resume and self.iteration + 1)
         self.saved, self.saved_at = self.iteration, time.monotonic()  # the last checkpoint
         self.bar = tqdm(total=args.total_iterations, initial=self.iteration)
 
@@ -1328,22 +1326,24 @@ class Run:
         method, state = self.method, self.method.state_dict()
         random = torch.cuda if method.device.type == "cuda" else torch
         optimizers = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
-        progress = dict(iteration=self.iteration, curves=self.curves, device=method.device.type)
-        progress |= dict(seconds=time.monotonic() - self.started, rng=random.get_rng_state())
-        content = dict(algo=self.algo, method=state, optimizers=optimizers, **progress)
-        save(content, self.folder / "checkpoint.pt")
+        content = self.source | dict(algo=self.algo, iteration=self.iteration, curves=self.curves)
+        content |= dict(method=state, optimizers=optimizers, device=method.device.type)
+        content |= dict(seconds=time.monotonic() - self.started, rng=random.get_rng_state())
         policy = {k: v for k, v in state.items() if k.startswith(("actor.", "critic."))}
         save(dict(policy=policy, sizes=method.sizes), self.folder / "policy.pt")
         if self.curves:
             self.plot_curves()
+        save(content, self.folder / "checkpoint.pt")  # last: a cut before it is made good
         self.saved, self.saved_at = self.iteration, time.monotonic()
 
     def load_checkpoint(self) -> None:
         """Put weights, buffer, optimizers, random state and progress back."""
         method, kind = self.method, self.method.device.type
         with loading(self.folder / "checkpoint.pt", method.device) as saved:
-            if saved["algo"] != self.algo:
-                raise ValueError(f"it is a run of {saved['algo']}.py")
+            if (saved["algo"], saved["sha256"]) != (self.algo, self.source["sha256"]):
+                raise ValueError(f"a run of {saved['algo']}.py on {saved['dataset']} as it was")
+            if saved["iteration"] > self.args.total_iterations:
+                raise ValueError(f"it is at {saved['iteration']}: raise --total-iterations")
             method.load_state_dict(saved["method"])
             for name, optimizer in saved["optimizers"].items():
                 load_optimizer(method.optimizers[name], optimizer)
@@ -1358,9 +1358,8 @@ class Run:
         """curves.png: the score of every learner against the iterations."""
         axes = Figure(layout="constrained").subplots()
         axes.plot(*np.split(np.array(self.curves), [1], 1))  # iteration, one score per learner
-        seeds = [f"seed {self.args.seed + learner}" for learner in range(self.args.num_seeds)]
-        axes.legend(seeds, title=f"{self.algo} on {self.args.env_id}")
-        axes.set(xlabel="iteration", ylabel="normalized score")
+        axes.legend([f"seed {self.args.seed + i}" for i in range(self.args.num_seeds)])
+        axes.set(xlabel="iteration", ylabel="score", title=f"{self.algo} on {self.args.env_id}")
         axes.figure.savefig(self.folder / "curves.png")
 
     def finish(self) -> dict:
@@ -1368,16 +1367,17 @@ class Run:
         self.writer.close()
         self.bar.close()
         args, seconds = self.args, time.monotonic() - self.started
-        final, curves = score(self.method, args, self.folder), np.array(self.curves)[:, 1:]
+        final = evaluate(self.method, args, args.final_episodes, 0)
         result = dict(algo=self.algo, env_id=args.env_id, **self.source, curves=self.curves)
-        result |= dict(last=curves[-1].tolist(), mean_last_ten=curves[-10:].mean(0).tolist())
-        result["seeds"] = [args.seed + learner for learner in range(args.num_seeds)]
-        result |= dict(final_mean=final.mean(1).tolist(), final_scores=final.tolist())
-        result |= dict(total_iterations=self.iteration, seconds=seconds, args=vars(args))
+        result |= dict(seeds=[args.seed + i for i in range(args.num_seeds)], args=vars(args))
+        result |= dict(mean_last_ten=np.mean(self.curves[-10:], 0)[1:].tolist(), seconds=seconds)
+        result |= dict(last=self.curves[-1][1:], final_mean=final.mean(1).tolist())
+        result |= dict(final_scores=final.tolist(), total_iterations=self.iteration)
         result |= dict(steps_per_second=self.iteration / seconds, device=str(self.method.device))
         result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
         result["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
         save(result, self.folder / "result.json")
+        report(self.method, args, final, self.folder)
         print(f"mean of the last ten: {np.round(result['mean_last_ten'], 1)}; see {self.folder}")
         return result
 

@@ -182,7 +182,7 @@ def test_gymnasium_ids_take_actions_in_the_unit_box():
     for action in np.array([[1.0], [-0.25], [0.5]], np.float32):
         assert env.step(action)[1] == pytest.approx(plain.step(2 * action)[1])
     assert env.get_wrapper_attr("_max_episode_steps") == 200
-    assert make("Slots-v0").get_wrapper_attr("_max_episode_steps") == 1000
+    assert make("math:Slots-v0").get_wrapper_attr("_max_episode_steps") == 1000
 
 
 @pytest.mark.parametrize("env_id, episodes, largest", [

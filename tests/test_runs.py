@@ -133,9 +133,6 @@ def assert_same_run(a, b):
         assert result(a)[key] == result(b)[key]
 
 
-# --- a run reaches everything ---
-
-
 def test_run_folder(whole, dataset):
     """The script, the arguments, TensorBoard, checkpoint, policy, model, pictures, result."""
     names = {p.name for p in whole.iterdir() if not p.name.startswith("events.out.tfevents")}
@@ -268,9 +265,6 @@ def test_when_checkpoints_are_saved(device, at, monkeypatch):
     assert list(run.iterations()) == list(range(36)) and saves == at
 
 
-# --- failures ---
-
-
 def die_soon(rng):
     """Let this process be killed at a random moment after some more logs."""
     n, seconds, log = rng.randrange(2, 12), rng.uniform(1e-4, 0.03), ampl.Run.log
@@ -303,8 +297,8 @@ def test_sudden_death_at_random_moments(tiny, whole, tmp_path):
 
 # torch.save writes model.pt, then two files per save; os.replace and os.fsync have args.json first.
 @pytest.mark.parametrize("error, where, n, at", [
-    (Killed, "save", 7, 12), (Killed, "replace", 8, 12), (Killed, "replace", 9, 17),
-    (RuntimeError, "save", 7, 12), (OSError, "fsync", 8, 12),
+    (Killed, "save", 8, 12), (Killed, "replace", 9, 12), (Killed, "replace", 13, 22),
+    (RuntimeError, "save", 8, 12), (OSError, "fsync", 9, 12),
 ])  # fmt: skip
 def test_a_failure_while_saving(error, where, n, at, tiny, whole, tmp_path):
     """Killed or a full disk: checkpoint.pt is the old or the new one, whole, and the run goes on"""
@@ -354,9 +348,6 @@ def test_what_is_not_finite_stops_the_run_by_name(
     assert all(value.isfinite().all() for value in last["method"].values())
 
 
-# --- the model and the policy of another run; pictures ---
-
-
 def test_dynamics_from(tiny, whole):
     """A run with the first run's model goes on as that one did, bit for bit, without a fit 0."""
     second = tiny(dynamics_from=str(whole))
@@ -377,7 +368,7 @@ def test_evaluate(whole, capsys):
     assert contents(whole) == before
 
 
-def test_capture_video(whole, tmp_path, monkeypatch):
+def test_capture_video(whole, tiny, tmp_path, monkeypatch):
     """A moving picture of one episode, also without a screen."""
     monkeypatch.setenv("MUJOCO_GL", os.environ.get("MUJOCO_GL", "egl"))
     try:
@@ -392,8 +383,10 @@ def test_capture_video(whole, tmp_path, monkeypatch):
         assert film.n_frames == 5 and min(film.size) > 100  # every third of 15 steps
         assert len(film.convert("RGB").getcolors(1 << 20)) > 20
     monkeypatch.setattr(ampl.Maze2d, "render", lambda self: 1 / 0)
-    with pytest.raises(SystemExit, match="cannot render .*MUJOCO_GL=egl or osmesa"):
-        command(*argv)
+    for call in (lambda: command(*argv), lambda: tiny(capture_video=True)):
+        with pytest.raises(SystemExit, match="cannot render .*MUJOCO_GL=egl or osmesa"):
+            call()
+    assert result(folder_in(tmp_path / "runs"))["final_scores"] == result(whole)["final_scores"]
 
 
 # --- mistakes ---
@@ -420,6 +413,8 @@ DATASETS = {
             "observations .*NaN.* first in row 7"),
     "outside": ({"actions": np.where(ROW == 6, 1.5, [0, 0])}, "action in row 6"),
     "endless": ({"timeouts": np.zeros(300)}, "at least two episodes"),
+    "limits": ({"timeouts": np.ones(300)}, "six rows not at a limit"),
+    "scalar": ({"rewards": 1.0}, "scalar.hdf5"),
     "constant": ({"rewards": np.ones(300)}, "all rewards .* equal"),
 }  # fmt: skip
 
@@ -442,18 +437,23 @@ BAD = [(f"--dataset-path {{{name}}}.hdf5", words) for name, (_, words) in DATASE
     ("--env-id CartPole-v1", "continuous actions"),
     ("--warmup-iterations 25", "--warmup-iterations"),
     ("--num-elites 4", "--num-elites must fit --ensemble-size"),
-    ("--eval-every 0", "--eval-every must be at least 1"),
+    ("--final-episodes 0", "--final-episodes must be at least 1"),
+    ("--seed -1", "--seed must be at least 0"),
     ("--run-dir {page}/runs", "cannot write .*{page}/runs"),
     ("--track", "pip install wandb"),
     ("--dynamics-from {good} --model-hidden 17", "model.pt is damaged or of another setting"),
     ("--resume {fresh}", "there is no {fresh}/checkpoint.pt"),
     ("--resume {damaged}", "checkpoint.pt is damaged"),
     ("--resume {pickled}", "checkpoint.pt is damaged .*Weights only load failed"),
-    ("--resume {mopos}", "it is a run of mopo.py"),
+    ("--resume {mopos}", "a run of mopo.py on .* as it was"),
     ("--resume {foreign}", "args.json is damaged or of another setting"),
     ("--resume {resized}", "checkpoint.pt is damaged or of another setting"),
     ("--resume {good} --gamma 0.9", "--resume takes --gamma from the run"),
-    ("--resume {good} --evaluate {good}", "give one of them"),
+    ("--resume {changed}", "a run of ampl.py on .* as it was"),
+    ("--resume {good} --total-iterations 12", "it is at 24: raise --total-iterations"),
+    ("--resume=", "there is no args.json"),
+    ("--evaluate {good} --hidden 5 5", "--evaluate takes --hidden from the run"),
+    ("--resume {good} --evaluate {good}", "--resume takes --evaluate from the run"),
     ("--evaluate {fresh}", "there is no {fresh}/policy.pt"),
     ("--evaluate {damaged}", "policy.pt is damaged"),
 ]
@@ -470,13 +470,14 @@ def places(tmp_path_factory, whole, dataset):
     (root / "half").write_bytes(Path(dataset).read_bytes()[:9000])
     with h5py.File(root / "foreign_file", "w") as file:
         file["pixels"] = np.zeros(300)
-    for name in ("good", "fresh", "damaged", "pickled", "mopos", "foreign", "resized"):
+    for name in ("good", "fresh", "damaged", "pickled", "mopos", "changed", "foreign", "resized"):
         shutil.copytree(whole, root / name)
     for file in ("checkpoint.pt", "policy.pt", "model.pt"):
         (root / "fresh" / file).unlink()
         (root / "damaged" / file).write_bytes((whole / file).read_bytes()[:999])
     torch.save({"algo": Path("an object")}, root / "pickled/checkpoint.pt")
     torch.save(saved(whole) | {"algo": "mopo"}, root / "mopos/checkpoint.pt")
+    torch.save(saved(whole) | {"sha256": "of other data"}, root / "changed/checkpoint.pt")
     args = json.loads((whole / "args.json").read_text())
     (root / "foreign/args.json").write_text('{"learning_rate": 1}')
     (root / "resized/args.json").write_text(json.dumps(args | {"hidden": [16, 17]}))
@@ -515,9 +516,6 @@ def test_the_script_as_a_user_starts_it(dataset, tmp_path):
     assert "whole episodes" in done.stdout and f"see {folder_in(tmp_path)}" in done.stdout
 
 
-# --- help ---
-
-
 def shown(capsys, settings, *argv):
     """The text of --help on one line."""
     with pytest.raises(SystemExit) as stop:
@@ -534,8 +532,9 @@ def test_help_shows_the_tasks_own_numbers(env_id, capsys):
         assert re.search(r"\(default: (.*?)\)", own)[1] == str(value), name
 
 
-def test_every_flag_has_a_help_text(capsys):
-    """The comment on its line in the script."""
+def test_every_flag_has_a_help_text(capsys, monkeypatch):
+    """The comment on its line in the script; without a docstring as well."""
+    monkeypatch.setattr(ampl, "__doc__", None)
     text = shown(capsys, ampl.Args)
     lines = re.findall(r"^    (\w+): .*?  # (.+)$", inspect.getsource(ampl.Args), re.MULTILINE)
     assert [name for name, _ in lines] == [f.name for f in dataclasses.fields(ampl.Args)]
