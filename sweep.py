@@ -111,7 +111,7 @@ def make_jobs(args: Run, flags: list[str], threads: int) -> list[Job]:
                 own = f"--env-id {env_id} --seed {seed} --num-seeds {args.num_seeds}".split()
                 own += ["--threads", str(threads), "--run-dir", str(folder)]
                 jobs.append(Job(folder, [str(script), *own, *flags]))
-    return jobs
+    return jobs or sys.exit("nothing to run: name --scripts and --env-ids")
 
 
 def run(args: Run, flags: list[str]) -> None:
