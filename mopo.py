@@ -881,8 +881,8 @@ def load_dataset(args: Args) -> dict:
     obs, size = raw["observations"], len(raw["rewards"])
     terminated, timeout = raw["terminals"], raw["timeouts"]
     ended, keep, stored = terminated | timeout, ~timeout, raw.get("next_observations")
-    if ended.sum() < 2 or keep.sum() < 6:
-        sys.exit(f"{path}: it needs at least two episodes that end, and six rows not at a limit")
+    if ended.sum() < 2 or keep.sum() < 4:
+        sys.exit(f"{path}: it needs at least two episodes that end, and four rows not at a limit")
     returns = np.diff(np.cumsum(raw["rewards"], dtype=np.float64)[ended], prepend=0.0)
     score = float(d4rl_score(args.env_id, returns).mean())
     if terminated.any() and not args.env_id.lower().startswith(("hopper", "walker", "ant", "pen")):

@@ -413,7 +413,7 @@ DATASETS = {
             "observations .*NaN.* first in row 7"),
     "outside": ({"actions": np.where(ROW == 6, 1.5, [0, 0])}, "action in row 6"),
     "endless": ({"timeouts": np.zeros(300)}, "at least two episodes"),
-    "limits": ({"timeouts": np.ones(300)}, "six rows not at a limit"),
+    "limits": ({"timeouts": np.ones(300)}, "four rows not at a limit"),
     "scalar": ({"rewards": 1.0}, "scalar.hdf5"),
     "constant": ({"rewards": np.ones(300)}, "all rewards .* equal"),
 }  # fmt: skip
