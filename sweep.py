@@ -276,7 +276,6 @@ def report(dir: tyro.conf.Positional[str]) -> None:
     for metric, title in METRICS.items():
         text += f"\n## {title}\n\n{summary(learners, metric).to_markdown()}\n"
     Path(dir, "report.md").write_text(text)
-    print(text)
     learners.drop(columns=["curve", "settings"]).to_csv(Path(dir, "scores.csv"), index=False)
     points = learners.explode("curve")
     points[["iteration", "score"]] = points["curve"].tolist()
@@ -286,6 +285,7 @@ def report(dir: tyro.conf.Positional[str]) -> None:
     sns.relplot(points, **lines).savefig(Path(dir, "curves.png"))
     bars = dict(x="method", y="mean_last_ten", sharey=False, kind="bar", **look)
     sns.catplot(learners, **bars).savefig(Path(dir, "bars.png"))
+    print(text)
 
 
 def main() -> None:
