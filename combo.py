@@ -159,10 +159,8 @@ TASKS = {
     "walker2d-medium-expert":    (5.0, 1, 0.8, 1e-4, 1e-5, "mixed", "policy"),
 }  # fmt: skip
 PAPER_FLAGS = ("beta", "horizon", "real_fraction", "critic_lr", "actor_lr", "rho_states")
-PAPER_FLAGS += ("rollout_actions", "total_iterations")
-PAPER = {f"{task}-v2": (*row, 1_000_000) for task, row in TASKS.items()}
-PAPER |= {f"{task}-v0": (*row, 1_000_000) for task, row in TASKS.items()}
-# 3000 epochs as in MOPO's code (inferred).
+PAPER_FLAGS += ("rollout_actions", "total_iterations")  # the last as in MOPO's code (inferred)
+PAPER = {f"{task}-{v}": (*row, 1_000_000) for task, row in TASKS.items() for v in ("v0", "v2")}
 PAPER["halfcheetah-jump-v0"] = (1.0, 5, 0.5, 3e-4, 1e-4, "mixed", "policy", 3_000_000)
 PAPER["ant-angle-v0"] = (1.0, 25, 0.5, 3e-4, 1e-4, "mixed", "uniform", 3_000_000)
 
@@ -173,6 +171,8 @@ def check_args(args: Args) -> None:
         sys.exit("--num-elites must fit --ensemble-size")
     if not pairs(args) or args.select and args.num_seeds not in (1, len(pairs(args))):
         sys.exit("--select trains a learner for each pair of its two lists: leave out --num-seeds")
+    if not args.select and any(v != vars(Args)[k] for k, v in vars(args).items() if "select_" in k):
+        sys.exit("--select-beta and --select-real-fraction are for --select: add it")
     if min(real_rows(args)) < 1:
         sys.exit("a batch needs a row of data: raise --real-fraction or --batch-size")
     if args.rho_states == "model" and max(real_rows(args)) >= args.batch_size:

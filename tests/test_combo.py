@@ -157,6 +157,10 @@ def test_select(train):
     assert all(torch.equal(x, state["elites.heads.bias"][0]) for x in state["elites.heads.bias"])
     assert result["chosen"] == np.argmin([row["regularizer"] for row in table])
     assert json.loads((folder / "result.json").read_text())["selection"] == table
+    cases = (pairs | {"num_seeds": 3}, "leave out"), ({"select_beta": (1.0,)}, "add it")
+    for change, words in cases:
+        with pytest.raises(SystemExit, match=words):
+            combo.check_args(combo.Args(**change))
 
 
 def test_model_of_mopo_and_probe(train):

@@ -194,9 +194,6 @@ def test_seeds(tiny, whole, tmp_path):
     assert not [name for name in drawn if torch.equal(base["method"][name], again["method"][name])]
 
 
-# --- resume ---
-
-
 class Killed(BaseException):
     """What SIGKILL would do at this point of the program, in this process."""
 
