@@ -1184,7 +1184,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
         reseed(args.seed, "evaluation", k)
         for first in range(0, episodes, args.eval_episodes):
             returns, live = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
-            obs, _ = envs.reset(seed=10**10 * args.seed + 1000 * (k + first))
+            obs, _ = envs.reset(seed=10**10 * args.seed + 1000 * (k + first))  # all differ
             while live.any():
                 action = method.act(obs.reshape(*shape, -1)).reshape(envs.num_envs, -1)
                 obs, reward, terminated, truncated, _ = envs.step(action)

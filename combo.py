@@ -26,10 +26,9 @@ Algorithm 1, with the equations as they are tagged below:
 No code was released with the paper, and its main text leaves many constants to an appendix: those
 marked `(recalled)` are from memory, not read. Public re-implementations differ from one another.
 Eq. (1), (4) and (5) are theory and have no line. The model is MOPO's: `--dynamics-from` also takes
-a run of mopo.py. `--select` chooses beta and f without the environment.
-What follows `main` may be skipped. The method uses of it above all `reseed` (a seed for each
-phase), `capture` (a step as a CUDA graph; on a CPU the step itself), `known_termination` (a task's
-rule of ending), `load_dataset` and `Run`.
+a run of mopo.py. `--select` chooses beta and f without the environment. What follows `main` may be
+skipped. The method uses of it above all `reseed` (a seed for each phase), `capture` (a step, on a
+GPU as a CUDA graph), `known_termination` (a task's rule of ending), `load_dataset` and `Run`.
 
 Run: `python combo.py --env-id hopper-medium-replay-v2`. Settings of the paper's tasks: `PAPER`.
 """
@@ -171,7 +170,8 @@ def check_args(args: Args) -> None:
         sys.exit("--num-elites must fit --ensemble-size")
     if not pairs(args) or args.select and args.num_seeds not in (1, len(pairs(args))):
         sys.exit("--select trains a learner for each pair of its two lists: leave out --num-seeds")
-    if not args.select and any(v != vars(Args)[k] for k, v in vars(args).items() if "select_" in k):
+    lists = args.select_beta, args.select_real_fraction
+    if not args.select and lists != (Args.select_beta, Args.select_real_fraction):
         sys.exit("--select-beta and --select-real-fraction are for --select: add it")
     if min(real_rows(args)) < 1:
         sys.exit("a batch needs a row of data: raise --real-fraction or --batch-size")
@@ -1184,7 +1184,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
         reseed(args.seed, "evaluation", k)
         for first in range(0, episodes, args.eval_episodes):
             returns, live = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
-            obs, _ = envs.reset(seed=10**10 * args.seed + 1000 * (k + first))
+            obs, _ = envs.reset(seed=10**10 * args.seed + 1000 * (k + first))  # all differ
             while live.any():
                 action = method.act(obs.reshape(*shape, -1)).reshape(envs.num_envs, -1)
                 obs, reward, terminated, truncated, _ = envs.step(action)
