@@ -6,32 +6,77 @@
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
 # ///
-"""AMPL: offline model-based RL that alternates model training and policy learning, in one file.
+"""AMPL, offline Alternating Model-Policy Learning, in one file (Yang et al., NeurIPS 2022).
 
-Yang, Zhang, Feng, Zhou: A Unified Framework for Alternating Offline Model Training and Policy
-Learning, NeurIPS 2022. A model fitted once to the data is good where the data is, not where the
-policy goes. AMPL refits it with weights omega, which say how many times as often as the data the
-policy visits each stored (s, a), and keeps the policy's (s, a) pairs close to the data's by a GAN.
+AMPL learns a policy from a fixed dataset, helped by transitions that it imagines with a learned
+model P^ of the environment. A policy may look good only because P^ is wrong. Theorem 1 says by how
+much at most, Eq. (5) and (7):
 
-Algorithm 1, in the order of the authors' code, with the equations as they are tagged below:
+    true return >= return in P^ - constant * sqrt(D_pi)
+    D_pi        = mean over the data of omega(s, a) * KL(true s', data's a' || P^'s s', policy's a')
+    omega(s, a) = (how often the policy visits (s, a)) / (how often the data do)
 
-    initialise policy, critics, discriminator, omega; fit the model to the data       Eq. (4)
-    for each iteration:
-        every `model_retrain_every`: estimate omega, refit the model with it          Eq. (11), (6)
-        every `rollout_every`: roll the policy out in the model into a FIFO buffer
-        sample a batch, a part from the data and the rest from the buffer
-        critics:       regress on a conservative target                               Eq. (12), (13)
-        GAN pairs:     the data's (s, a) and the policy's (s, a), (s', a')            Eq. (14)
-        policy:        maximise Q, and fool the discriminator                         Eq. (15), (17)
-        discriminator: tell the two kinds of pairs apart                              Eq. (16)
+AMPL raises this bound from both sides, by turns. With the policy fixed it refits P^ so that D_pi
+becomes small, which is maximum likelihood with each row weighted by its omega, Eq. (6). With P^
+fixed it trains the policy to raise the whole bound; in place of D_pi stands a Jensen-Shannon
+divergence without omega, Eq. (8), that a GAN estimates: it keeps the policy's pairs (s, a) close to
+the data's. The paper calls omega the marginal importance weight; a visit at step t counts gamma^t.
 
-`# Paper: ... Code: ... Here: ...` marks a place where the paper's main text and the authors' code
-(Shentao-YANG/AMPL_NeurIPS2022) differ, and says what this file does. Eq. (1)-(3), (5) and (7)-(9)
-are theory and have no line. What follows `main` may be skipped. The method uses of it above all
-`reseed` (a seed for each phase), `capture` (a step as a CUDA graph; on a CPU the step itself),
-`known_termination` (a task's rule of ending), `make_env`, `load_dataset` and `Run`.
+Algorithm 1 as the authors' code (Shentao-YANG/AMPL_NeurIPS2022) runs it; its order of the steps,
+its periods, the warm-up and the fall of f are not the paper's:
 
-Run: `python ampl.py --env-id pen-human-v1`. Settings of the paper's sixteen tasks: `PAPER`.
+    initialise all networks; fit the model to the data                                Eq. (4)
+    for every iteration:
+        every `model_retrain_every` iterations:
+            train omega; fit the model again, its rows weighted by omega              Eq. (11), (6)
+        every `rollout_every` iterations:
+            let the policy act in the model for `horizon` steps, into the buffer D_model
+        sample a batch: a share f from the data D_env, the rest from D_model
+        critics: one step towards a conservative target                               Eq. (12), (13)
+        make fake pairs of policy and model, and true pairs of the data               Eq. (14)
+        policy, every `policy_frequency` iterations: raise Q, fool the discriminator  Eq. (15), (17)
+        discriminator: tell true pairs from fake ones                                 Eq. (16)
+        targets: the slow copies of policy and critics follow them
+
+    Warm-up: for `warmup_iterations` f is 1, and the policy only fools the discriminator, that is,
+    it imitates the data. Then f falls by 0.1 every `real_decay_every` iterations, down to
+    `real_fraction`.
+
+What each part is made of or trained on:
+
+    model          <- D_env; rows weighted by omega from the second fit on
+    omega          <- D_env, initial states, the policy's actions, Q_1
+    D_model        <- states of D_env, from there the policy's actions and the model's steps
+    batch          <- D_env, D_model
+    critics        <- a batch, and at its s' the target policy's actions and the target critics
+    fake pairs     <- states s of a batch, a of the policy, s' of the model, a' of the policy
+    true pairs     <- D_env
+    discriminator  <- true pairs, fake pairs
+    policy         <- Q at the states of a batch, D of the fake pairs
+
+The paper's symbols. An observation has S numbers, an action A. The data have N rows, N' of them
+with a known s'; there are N0 initial states. B and M are the sizes of the batch and of the model
+(members) at hand.
+
+    s, a, r, s'      obs, action, reward, next_obs    [B, S], [B, A], [B], [B, S]
+    D_env, D_model   data, model_data                 [rows, S + A + 1 + S + 1], a transition a row
+    B_true, B_fake   true_pairs, fake_pairs           2B pairs each, with a before the tanh
+    mu_0             initial_obs                      [N0, S]
+    pi, pi', z       actor, actor_target, noise       [B, S] -> [B, A]
+    Q_j, Q'_j        critic, critic_target            [B, S], [B, A] -> [2, B]
+    Q~               target in `iterate`              [B]
+    D                discriminator                    [B, S], [B, A] -> logit [B]; D is its sigmoid
+    L_g, L_D         regularizer, disc_loss           disc_loss is about -L_D / 2, to be minimised
+    P^, r^           model; elites, its best members  [M, B, S + A] -> mean, log_std [M, B, 1 + S]
+    omega, omega'    omega, omega_target              [B, S], [B, A] -> [B]
+    l_1, l_2         left, right in `omega_loss`      their Q is Q_1 of critic, omega_critic_target
+    f, h, c, gamma   real_fraction, horizon, q_min_weight, gamma
+    lambda', Q_avg   q_coef, q_avg
+
+A note `# Paper: ... Code: ...` marks where the paper's main text and the authors' code differ. This
+file follows the code, unless the note ends with `Here: ...`. What follows `main` is plumbing and
+may be skipped; the method uses of it above all `capture` (a step as a CUDA graph; on a CPU the step
+itself), `reseed` (a seed for each phase) and `known_termination` (a task's rule of ending).
 """
 
 import contextlib
@@ -50,9 +95,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import gymnasium
 import h5py
@@ -69,1338 +114,2252 @@ from tqdm import tqdm
 
 
 # ===== 1. Arguments ===============================================================================
+# The types of numbers, with the range that a value must lie in.
+class Range(NamedTuple):
+    """From `low` to `high`, both included, unless low_is_allowed is False."""
+
+    low: float
+    high: float = math.inf
+    low_is_allowed: bool = True
+
+
+Count = Annotated[int, Range(1), tyro.conf.arg(metavar="INT>=1")]
+CountOrZero = Annotated[int, Range(0), tyro.conf.arg(metavar="INT>=0")]
+Share = Annotated[float, Range(0, 1), tyro.conf.arg(metavar="0..1")]
+Positive = Annotated[float, Range(0, low_is_allowed=False), tyro.conf.arg(metavar="FLOAT>0")]
+NonNegative = Annotated[float, Range(0), tyro.conf.arg(metavar="FLOAT>=0")]
+
+
+# Defaults are the authors' code's, unless marked (paper), (script: their launch script) or (ours).
+# For the flags marked (task) the paper's tasks have values of their own: see PAPER.
 @dataclasses.dataclass
 class Args:
-    # --- experiment ---
-    env_id: str = "maze2d-umaze-v1"  # a task of PAPER or D4RL, or a gymnasium id + --dataset-path
-    seed: int = 0  # learner i is labelled seed + i; alone, --seed seed+i gives another run
-    num_seeds: int = 1  # independent learners trained side by side (the paper reports 5)
-    total_iterations: int = 1_000_000  # of the main loop (authors' code: 1000 epochs of 1000)
-    run_dir: str = "runs"  # folder that receives the run's own folder
-    resume: str | None = None  # go on with this run folder; only --total-iterations may be new
-    evaluate: str | None = None  # only score the policy saved in this run folder
-    dynamics_from: str | None = None  # take the first, unweighted model from this run folder
-    # --- tracking and saving ---
-    track: bool = False  # also log to Weights and Biases (needs `pip install wandb`)
-    wandb_project_name: str = "ampl"  # project of --track
-    wandb_entity: str | None = None  # team of --track
-    log_every: int = 1000  # iterations between two points in TensorBoard
-    checkpoint_every: int = 10_000  # at least so many iterations apart, on a GPU also a minute
-    capture_video: bool = False  # render an episode to episode.gif (no screen: MUJOCO_GL=egl)
-    # --- data ---
-    dataset_path: str | None = None  # HDF5 of D4RL or Minari; else D4RL's folder, else its server
-    initial_states: Literal["simulator", "dataset"] = "simulator"  # mu0: resets (code), or data's
-    num_initial_states: int = 100_000  # how many resets (authors' code)
-    # --- world model ---
-    ensemble_size: int = 7  # members (authors' code)
-    num_elites: int = 5  # members with the lowest hold-out error make predictions (authors' code)
-    model_hidden: int = 200  # width of the four hidden layers (authors' code)
-    model_lr: float = 1e-3  # Adam (authors' launch script; their program's 3e-4 is never used)
-    model_batch_size: int = 128  # rows per member and step (authors' code)
-    model_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # per layer (code)
-    model_epoch_steps: int = 1000  # steps between two looks at the hold-out error (authors' code)
-    model_patience: int = 10  # epochs in which no member improved that end a fit (authors' code)
-    model_max_epochs: int = 10_000  # at most this many epochs per fit (authors' code)
-    holdout_size: int = 8092  # rows held out (sic), at most a fifth (authors' code)
-    model_retrain_every: int = 100_000  # iterations between two weighted re-trainings (paper)
+    # --- task and data ---
+    env_id: str = "maze2d-umaze-v1"  # task in PAPER, D4RL or gymnasium
+    dataset_path: str | None = None  # HDF5 file (default: the task's in D4RL's folder)
+    seed: CountOrZero = 0  # seed of all random draws (the paper reports five)
+    total_iterations: Count = 1_000_000  # iterations of the main loop
+    initial_states: Literal["simulator", "dataset"] = "simulator"  # source of initial states
+    num_initial_states: Count = 100_000  # number of initial states drawn from the simulator
+    # --- model ---
+    ensemble_size: Count = 7  # members of the model
+    num_elites: Count = 5  # members that predict, those with the lowest hold-out error
+    model_hidden: Count = 200  # width of each member's four hidden layers
+    model_lr: Positive = 1e-3  # Adam learning rate of the model (script)
+    model_batch_size: Count = 128  # rows per member and step
+    model_weight_decay: tuple[NonNegative, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # by layer
+    model_epoch_steps: Count = 1000  # steps between hold-out evaluations, that is, per epoch
+    model_patience: Count = 10  # epochs without improvement before a fit stops
+    model_max_epochs: Count = 10_000  # maximum epochs per fit
+    holdout_size: Count = 8092  # held-out rows (the authors' number), at most a fifth of the data
+    model_retrain_every: Count = 100_000  # iterations between refits (paper: 100 epochs of 1000)
     # --- rollouts ---
-    horizon: int = 3  # model steps per rollout (authors' launch script, per task)
-    rollout_every: int = 250  # iterations between two refreshes of the buffer (launch script)
-    rollout_rows: int = 32_000  # transitions per refresh: 128 per iteration (launch script)
-    buffer_size: int = 640_000  # rows of model data, first in first out (launch script)
-    real_fraction: float = 0.5  # share f of real rows in a batch, once it has fallen from 1 (paper)
-    real_decay_every: int = 5000  # it falls by 0.1 every this many iterations (authors' code)
-    shared_rollout_action: bool = False  # a whole batch gets one action (authors' code: a bug)
-    # --- critic ---
-    gamma: float = 0.99  # discount (authors' code)
-    tau: float = 0.005  # Polyak rate of the target critic and target policy (authors' code)
-    batch_size: int = 512  # rows per iteration (authors' launch script)
-    critic_lr: float = 3e-4  # Adam (authors' code)
-    critic_grad_norm: float = 0.1  # gradient norm of both critics together (authors' code)
-    critic_huber_delta: float = 500.0  # Huber threshold, in effect half a square (authors' code)
-    q_min_weight: float = 0.75  # weight c of the smaller target in Eq. (12) (paper)
-    q_bound: float = 2000.0  # bootstrap values beyond this count as zero (authors' code)
+    horizon: Count = 3  # rollout length h (task)
+    rollout_every: Count = 250  # iterations between rollout phases (script)
+    rollout_rows: Count = 32_000  # rows per rollout phase, 128 per iteration (script)
+    buffer_size: Count = 640_000  # capacity of D_model in rows (script)
+    real_fraction: Share = 0.5  # final share f of data rows in a batch (paper)
+    real_decay_every: Count = 5000  # iterations per 0.1 decrease of f after the warm-up
+    # --- critics ---
+    gamma: Share = 0.99  # discount factor
+    tau: Share = 0.005  # soft-update rate of the targets and of Q_avg
+    batch_size: Count = 512  # batch size B (script)
+    critic_lr: Positive = 3e-4  # Adam learning rate of the critics
+    critic_grad_norm: Positive = 0.1  # gradient clipping norm, both critics together
+    critic_huber_delta: Positive = 500.0  # threshold of the Huber loss, in practice never reached
+    q_min_weight: Share = 0.75  # weight c of the smaller target Q, Eq. (12) (paper)
+    q_bound: Positive = 2000.0  # size from which on a target Q counts as 0, against divergence
     # --- policy and discriminator ---
-    hidden: tuple[int, int] = (400, 300)  # layers of all networks but the model (authors' code)
-    noise_dim: int = 50  # noise inputs of the implicit policy (authors' launch script, per task)
-    noise_std: float = 1.0  # their deviation; clamped to +-3 after scaling (the same)
-    actor_lr: float = 2e-4  # Adam of the policy (authors' code)
-    discriminator_lr: float = 2e-4  # Adam of the discriminator (authors' code)
-    gan_beta1: float = 0.4  # first Adam coefficient of policy and discriminator (authors' code)
-    policy_frequency: int = 2  # the policy moves on every n-th iteration (authors' code)
-    warmup_iterations: int = 40_000  # the policy only imitates through the GAN (authors' code)
-    q_coef: float = 10.0  # lambda' of Eq. (17), divided by the running mean of |Q| (paper)
-    label_smoothing: float = 0.8  # labels of true pairs are drawn from [this, 1) (authors' code)
-    # --- marginal importance weights (MIW) ---
-    miw_steps: int = 100_000  # steps of each training of omega (authors' code)
-    miw_lr: float = 1e-6  # Adam (authors' code)
-    miw_batch_size: int = 1024  # data rows per step (authors' code)
-    miw_initial_batch_size: int = 2048  # initial states per step (authors' code)
-    miw_alpha: float = 0.2  # omega = softplus(.) ** alpha (launch script: 0.5 on locomotion)
-    miw_tau: float = 0.01  # Polyak rate of the slow copies of omega and of Q (authors' code)
-    miw_mean_bound: float = 10.0  # the mean of omega is kept below this (authors' code)
-    miw_grad_norm: float = 1.0  # gradient norm after the projection (authors' code)
+    hidden: tuple[Count, Count] = (400, 300)  # hidden widths, all networks but the model
+    noise_dim: Count = 50  # dimension of the policy's noise z (task)
+    noise_std: NonNegative = 1.0  # standard deviation of z (task)
+    actor_lr: Positive = 2e-4  # Adam learning rate of the policy
+    discriminator_lr: Positive = 2e-4  # Adam learning rate of the discriminator
+    gan_beta1: Annotated[float, Range(0, 0.999)] = 0.4  # Adam's beta_1, policy and discriminator
+    policy_frequency: Count = 2  # iterations per policy update
+    warmup_iterations: CountOrZero = 40_000  # iterations of pure imitation, by the GAN, at first
+    q_coef: NonNegative = 10.0  # weight lambda' of Q against the GAN's loss, Eq. (17) (paper)
+    true_label_min: Share = 0.8  # lower bound of the random labels of true pairs
+    # --- omega, the marginal importance weight ---
+    omega_steps: Count = 100_000  # steps per training of omega, one training before each refit
+    omega_lr: Positive = 1e-6  # Adam learning rate of omega
+    omega_batch_size: Count = 1024  # data rows per step
+    omega_initial_batch_size: Count = 2048  # initial states per step
+    omega_power: Positive = 0.2  # exponent of omega's softplus (task)
+    omega_tau: Share = 0.01  # soft-update rate of the targets of omega's training
+    omega_mean_bound: Positive = 10.0  # upper bound on omega's mean over a batch
+    omega_grad_norm: Positive = 1.0  # gradient clipping norm
     # --- evaluation ---
-    eval_every: int = 1000  # iterations between two evaluations (authors' code)
-    eval_episodes: int = 10  # episodes per evaluation (authors' code)
-    final_episodes: int = 100  # episodes after training (ours: pen's returns deviate by 1800)
-    eval_candidates: int = 10  # actions drawn per state, the best by min Q is taken (authors' code)
-    async_envs: bool | None = None  # a process per episode; default: on a GPU machine with 8 cores
-    # --- speed ---
-    cuda: bool = True  # train on the GPU where there is one
-    cuda_graphs: bool = True  # record the training steps as CUDA graphs (no effect on a CPU)
-    tf32: bool = False  # let the GPU round inputs of products to 10 bits: faster, errors of 1e-3
-    cpu_fast_matmul: bool = True  # oneDNN for fp32 products, where a self-check finds fp32 accuracy
-    threads: int = 0  # CPU threads of torch; 0 leaves torch's default
+    eval_every: Count = 1000  # iterations between evaluations
+    eval_episodes: Count = 10  # episodes per evaluation
+    final_episodes: Count = 100  # episodes of the last evaluation (ours: ten are too noisy)
+    eval_candidates: Count = 10  # sampled actions per step, the best by Q of which is taken
+    # --- how it runs (ours) ---
+    run_dir: str = "runs"  # parent of the run folders
+    resume: str | None = None  # folder of a run to continue; only --total-iterations may change
+    evaluate: str | None = None  # folder of a run whose policy is scored, without training
+    dynamics_from: str | None = None  # run whose unweighted model replaces the first fit
+    track: bool = False  # logging to Weights and Biases as well (needs `pip install wandb`)
+    wandb_project_name: str = "ampl"  # project that --track logs to
+    wandb_entity: str | None = None  # team that --track logs to
+    capture_video: bool = False  # an episode as episode.gif (without a screen: MUJOCO_GL=egl)
+    log_every: Count = 1000  # iterations between TensorBoard's points
+    checkpoint_every: Count = 10_000  # iterations between checkpoints
+    async_envs: bool | None = None  # evaluation in processes (default: with a GPU and 8 cores)
+    cuda: bool = True  # training on the GPU, if there is one
+    cuda_graphs: bool = True  # recording of training steps as CUDA graphs (GPU)
+    tf32: bool = False  # faster, less exact matrix products, with errors of 1e-3 (GPU)
+    cpu_fast_matmul: bool = True  # oneDNN matrix products, if a test finds them exact (CPU)
+    threads: CountOrZero = 0  # CPU threads of torch (0: torch's default)
 
 
-# Per task, from the launch script of the authors' code. Other tasks: the defaults above, ours.
-# Code: noise_dim 0 stands for min(10, S // 2): 2 on maze2d-umaze, 10 on door. Here: written out.
-PAPER_FLAGS = ("horizon", "noise_dim", "miw_alpha", "noise_std")
+# The launch script's values for the paper's tasks; others have the defaults above (ours). Where the
+# script says noise_dim 0, the authors' code uses min(10, S // 2), which is written out here. Noise
+# of 1e-3 makes an almost deterministic policy.
+PAPER_FLAGS = ("horizon", "noise_dim", "omega_power", "noise_std")
 PAPER = {
-    "halfcheetah-medium-v2":        (1, 50, 0.5, 1.0),
-    "halfcheetah-medium-replay-v2": (3, 50, 0.5, 1.0),
-    "halfcheetah-medium-expert-v2": (5, 50, 0.5, 1.0),
-    "hopper-medium-v2":             (1, 50, 0.5, 1.0),
-    "hopper-medium-replay-v2":      (1, 50, 0.5, 1.0),
-    "hopper-medium-expert-v2":      (3, 50, 0.5, 1.0),
-    "walker2d-medium-v2":           (3, 50, 0.5, 1.0),
-    "walker2d-medium-replay-v2":    (5, 50, 0.5, 1.0),
-    "walker2d-medium-expert-v2":    (5, 50, 0.5, 1.0),
-    "maze2d-umaze-v1":              (3,  2, 0.2, 1.0),
-    "maze2d-medium-v1":             (3, 50, 0.2, 1.0),
-    "maze2d-large-v1":              (1, 50, 0.2, 1.0),
-    "pen-human-v1":                 (1,  1, 0.2, 1e-3),
-    "pen-cloned-v1":                (5,  1, 0.2, 1e-3),
-    "pen-expert-v1":                (1, 50, 0.2, 1.0),
-    "door-expert-v1":               (1, 10, 0.2, 1.0),
+    # task                       horizon, noise_dim, omega_power, noise_std
+    "halfcheetah-medium-v2":        (1,      50,         0.5,        1.0),
+    "halfcheetah-medium-replay-v2": (3,      50,         0.5,        1.0),
+    "halfcheetah-medium-expert-v2": (5,      50,         0.5,        1.0),
+    "hopper-medium-v2":             (1,      50,         0.5,        1.0),
+    "hopper-medium-replay-v2":      (1,      50,         0.5,        1.0),
+    "hopper-medium-expert-v2":      (3,      50,         0.5,        1.0),
+    "walker2d-medium-v2":           (3,      50,         0.5,        1.0),
+    "walker2d-medium-replay-v2":    (5,      50,         0.5,        1.0),
+    "walker2d-medium-expert-v2":    (5,      50,         0.5,        1.0),
+    "maze2d-umaze-v1":              (3,       2,         0.2,        1.0),
+    "maze2d-medium-v1":             (3,      50,         0.2,        1.0),
+    "maze2d-large-v1":              (1,      50,         0.2,        1.0),
+    "pen-human-v1":                 (1,       1,         0.2,       1e-3),
+    "pen-cloned-v1":                (5,       1,         0.2,       1e-3),
+    "pen-expert-v1":                (1,      50,         0.2,        1.0),
+    "door-expert-v1":               (1,      10,         0.2,        1.0),
 }  # fmt: skip
 
 
-def check_args(args: Args) -> None:
-    """Refuse what makes no sense. Raises SystemExit."""
-    if args.warmup_iterations > args.total_iterations and not args.evaluate:
-        sys.exit("the warm start is longer than the run: lower --warmup-iterations")
-    if args.num_elites > args.ensemble_size or args.rollout_rows > args.buffer_size:
-        sys.exit("--num-elites must fit --ensemble-size, and --rollout-rows must fit --buffer-size")
-
-
 # ===== 2. Networks ================================================================================
-# Several learners (seeds) train side by side: every parameter and batch carries their axis first.
-# Shapes: L learners (read it as 1), M members of the ensemble, E elites, B rows of a batch, N rows
-# of the data, n of a fit, N0 initial states (B0 a step), S observation, A action, C = 2S + A + 2.
-Logs = dict[str, Tensor]  # what a step reports, [L] each
+Scalars = dict[str, Tensor]  # what a step reports, by TensorBoard's names; stays on the device
+# What a long phase reports to: its name, how much is done, of how much (None: unknown), scalars.
+Progress = Callable[[str, int, int | None, Scalars], None]
 
 
 class Batch(NamedTuple):
-    """Rows [L, B, ...], stored side by side as [..., C]; no row is at a time limit."""
+    """Transitions. Rows cut off by a time limit were dropped on loading, so `terminated` always
+    means a real end."""
 
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    next_obs: Tensor
-    terminated: Tensor  # 0 or 1
-
-
-class Linear(nn.Module):
-    """torch.nn.Linear for every learner and member at once: weight [*lead, in, out].
-
-    lead is (L,) for the policy, (L, 2) for the critics, (L, M) for the model. forward:
-    [G, B, in] -> [G, B, out] with G the product of lead, as one batched product.
-    """
-
-    def __init__(self, lead: tuple[int, ...], n_in: int, n_out: int):
-        super().__init__()
-        bound = 1 / math.sqrt(n_in)
-        self.weight = nn.Parameter(torch.empty(*lead, n_in, n_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(*lead, 1, n_out).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.flatten(0, -3), x, self.weight.flatten(0, -3))
+    obs: Tensor  # [B, S]
+    action: Tensor  # [B, A]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, S]
+    terminated: Tensor  # [B], 0 or 1
 
 
-class MLP(nn.Module):
-    """Two hidden layers with leaky ReLU (slope 0.01). forward: [*lead, B, in] -> [*lead, B, out]"""
-
-    def __init__(self, lead: tuple[int, ...], n_in: int, hidden: tuple[int, int], n_out: int):
-        super().__init__()
-        self.layer1 = Linear(lead, n_in, hidden[0])
-        self.layer2 = Linear(lead, hidden[0], hidden[1])
-        self.out = Linear(lead, hidden[1], n_out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape, x = x.shape[:-1], x.flatten(0, -3)
-        x = F.leaky_relu(self.layer1(x), inplace=True)
-        x = F.leaky_relu(self.layer2(x), inplace=True)
-        return self.out(x).view(*shape, -1)
+def mlp(n_in: int, hidden: tuple[int, int], n_out: int) -> nn.Sequential:
+    """Two hidden layers with leaky ReLU (slope 0.01): [B, n_in] -> [B, n_out]."""
+    return nn.Sequential(
+        nn.Linear(n_in, hidden[0]),
+        nn.LeakyReLU(inplace=True),
+        nn.Linear(hidden[0], hidden[1]),
+        nn.LeakyReLU(inplace=True),
+        nn.Linear(hidden[1], n_out),
+    )
 
 
 class ImplicitPolicy(nn.Module):
-    """tanh(net(s, z)), z ~ N(0, noise_std^2): forward samples a raw (pre-tanh) action [L, B, A]."""
+    """a = tanh(net(s, z)) with noise z. One can sample from it, but not compute its density.
+
+    z is drawn from N(0, noise_std^2) and clamped to [-3, 3].
+    """
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.noise_dim, self.noise_std = args.noise_dim, args.noise_std
-        self.net = MLP((args.num_seeds,), obs_dim + args.noise_dim, args.hidden, action_dim)
+        self.noise_dim = args.noise_dim
+        self.noise_std = args.noise_std
+        self.net = mlp(obs_dim + args.noise_dim, args.hidden, action_dim)
+
+    def raw_action(self, obs: Tensor) -> Tensor:
+        """A sample before the tanh, which is what the discriminator sees: [B, S] -> [B, A]."""
+        noise = self.noise_std * torch.randn(len(obs), self.noise_dim, device=obs.device)
+        return self.net(torch.cat([obs, noise.clamp(-3, 3)], -1))
 
     def forward(self, obs: Tensor) -> Tensor:
-        # Paper: z ~ p_z. Code: N(0, noise_std^2), clamped to +-3 after scaling. Here: code.
-        noise = torch.randn(*obs.shape[:-1], self.noise_dim, device=obs.device)
-        noise = (self.noise_std * noise).clamp(-3, 3)
-        return self.net(torch.cat([obs, noise], -1))
+        """A sample in (-1, 1): [B, S] -> [B, A]."""
+        return torch.tanh(self.raw_action(obs))
 
 
 class TwinCritic(nn.Module):
-    """Q_1 and Q_2. forward: obs [L, B, S], action [L, B, A] -> [L, 2, B]."""
+    """Q_1 and Q_2."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.net = MLP((args.num_seeds, 2), obs_dim + action_dim, args.hidden, 1)
+        self.q1 = mlp(obs_dim + action_dim, args.hidden, 1)
+        self.q2 = mlp(obs_dim + action_dim, args.hidden, 1)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], -1).unsqueeze(1)  # [L, 1, B, S + A]
-        return self.net(x.expand(-1, 2, -1, -1)).squeeze(-1)
-
-    def first(self, obs: Tensor, action: Tensor) -> Tensor:
-        """Q_1 alone, [L, B]: all that the training of omega needs, at half the cost."""
+        """Both values: [B, S], [B, A] -> [2, B]."""
         x = torch.cat([obs, action], -1)
-        for layer in (self.net.layer1, self.net.layer2):
-            x = F.leaky_relu(torch.baddbmm(layer.bias[:, 0], x, layer.weight[:, 0]))
-        return torch.baddbmm(self.net.out.bias[:, 0], x, self.net.out.weight[:, 0]).squeeze(-1)
+        q = torch.cat([self.q1(x), self.q2(x)], -1)  # [B, 2]
+        return q.T
+
+    def q1_only(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Q_1, which is all that the training of omega needs: [B, S], [B, A] -> [B]."""
+        return self.q1(torch.cat([obs, action], -1)).squeeze(-1)
 
 
 class Discriminator(nn.Module):
-    """Logit of "this (s, raw action) pair is from the data". forward -> [L, B]."""
+    """D, the probability that a pair is from the data, as a logit: D = sigmoid(logit)."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.net = MLP((args.num_seeds,), obs_dim + action_dim, args.hidden, 1)
+        self.net = mlp(obs_dim + action_dim, args.hidden, 1)
 
     def forward(self, obs: Tensor, raw_action: Tensor) -> Tensor:
-        # Paper: input a. Code: the raw action, data actions through atanh. Here: code.
+        """[B, S], [B, A] -> logit [B]."""
+        # Paper: D sees a. Code: it sees the action before the tanh, which for the data is atanh(a).
         return self.net(torch.cat([obs, raw_action], -1)).squeeze(-1)
 
 
-class ImportanceWeight(nn.Module):
-    """omega(s, a) = softplus(net(s, a)) ** alpha, not yet normalised. forward -> [L, B] > 0."""
+class OmegaNetwork(nn.Module):
+    """omega(s, a), how often the policy visits a pair divided by how often the data do.
+
+    Over the data such a ratio has the mean 1. Eq. (11) does not force the mean of this network to
+    1, so `fit_omega` divides by it.
+    """
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.alpha = args.miw_alpha
-        self.net = MLP((args.num_seeds,), obs_dim + action_dim, args.hidden, 1)
-        nn.init.uniform_(self.net.out.weight, -3e-3, 3e-3)  # authors' code, as the zero bias
-        nn.init.zeros_(self.net.out.bias)
+        self.power = args.omega_power
+        self.net = mlp(obs_dim + action_dim, args.hidden, 1)
+        # A small last layer makes omega start almost constant.
+        nn.init.uniform_(self.net[-1].weight, -3e-3, 3e-3)
+        nn.init.zeros_(self.net[-1].bias)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """[B, S], [B, A] -> [B], positive."""
         x = self.net(torch.cat([obs, action], -1)).squeeze(-1)
-        # Paper: unspecified. Code: softplus to the power alpha, with both 1e-8. Here: code.
-        return (F.softplus(x - 1e-8) + 1e-8) ** self.alpha
+        # The authors' form. The second 1e-8 keeps the base above zero; the first hardly matters.
+        return (F.softplus(x - 1e-8) + 1e-8) ** self.power
 
 
-class DynamicsEnsemble(nn.Module):
-    """M Gaussian models of (reward, next_obs - obs), in units of the data's mean and deviation.
+class EnsembleLinear(nn.Module):
+    """M layers like nn.Linear side by side, computed as one batched product."""
 
-    forward: normalised inputs [L, M, B, S + A] -> mean, log_std [L, M, B, 1 + S].
-    """
-
-    def __init__(self, members: int, obs_dim: int, action_dim: int, args: Args):
+    def __init__(self, members: int, n_in: int, n_out: int):
         super().__init__()
-        sizes = [obs_dim + action_dim] + 4 * [args.model_hidden]
-        self.lead = lead = (args.num_seeds, members)
-        self.trunk = nn.ModuleList(Linear(lead, i, o) for i, o in zip(sizes, sizes[1:]))
-        self.heads = Linear(lead, sizes[-1], 2 * (1 + obs_dim))  # mean and log_std side by side
-        for layer in [*self.trunk, self.heads]:
-            # Normal, values beyond 2 replaced by their remainder: the authors' truncated normal.
-            std = 1 / (2 * math.sqrt(layer.weight.shape[-2]))
-            layer.weight.data.normal_().fmod_(2).mul_(std)
-            nn.init.zeros_(layer.bias)
-        # Soft bounds of log_std, learned, shared by the members of a learner (authors' code).
-        self.max_log_std = nn.Parameter(torch.full((args.num_seeds, 1, 1, 1 + obs_dim), 0.25))
-        self.min_log_std = nn.Parameter(torch.full((args.num_seeds, 1, 1, 1 + obs_dim), -5.0))
-        self.register_buffer("input_mean", torch.zeros(obs_dim + action_dim))
-        self.register_buffer("input_std", torch.ones(obs_dim + action_dim))
-        self.register_buffer("target_mean", torch.zeros(1 + obs_dim))
-        self.register_buffer("target_std", torch.ones(1 + obs_dim))
-        self.register_buffer("member", torch.arange(members), persistent=False)
+        # The authors' truncated normal: .fmod(2) wraps values beyond 2 deviations to around 0.
+        std = 1 / (2 * math.sqrt(n_in))
+        self.weight = nn.Parameter(torch.randn(members, n_in, n_out).fmod(2) * std)
+        self.bias = nn.Parameter(torch.zeros(members, 1, n_out))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shape, x = x.shape[:-1], x.flatten(0, -3)
-        for layer in self.trunk:
-            x = F.silu(layer(x), inplace=not torch.is_grad_enabled())  # backward needs layer(x)
-        mean, log_std = self.heads(x).view(*shape, -1).chunk(2, -1)
-        log_std = self.max_log_std - F.softplus(self.max_log_std - log_std)
-        log_std = self.min_log_std + F.softplus(log_std - self.min_log_std)
-        return mean, log_std
+    def forward(self, x: Tensor) -> Tensor:
+        """[M, B, n_in] -> [M, B, n_out], member m on its own rows x[m]."""
+        return torch.baddbmm(self.bias, x, self.weight)
 
-    def members(self) -> list[Tensor]:
-        """The parameters of the members, [L, M, ...] each: all but the two bounds."""
-        return [p for layer in [*self.trunk, self.heads] for p in layer.parameters()]
+
+class ModelEnsemble(nn.Module):
+    """M Gaussian models of (reward, next_obs - obs). Inputs and targets are standardised."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args, members: int):
+        super().__init__()
+        self.members = members
+        n_in = obs_dim + action_dim
+        n_out = 1 + obs_dim
+        width = args.model_hidden
+        self.layers = nn.ModuleList(
+            [
+                EnsembleLinear(members, n_in, width),
+                EnsembleLinear(members, width, width),
+                EnsembleLinear(members, width, width),
+                EnsembleLinear(members, width, width),
+                EnsembleLinear(members, width, 2 * n_out),  # mean and log_std side by side
+            ]
+        )
+        # Bounds of log_std, learned and shared by the members. PETS (Chua et al. 2018) starts those
+        # of the log variance, which is twice as large, at 0.5 and -10.
+        self.max_log_std = nn.Parameter(torch.full((n_out,), 0.25))
+        self.min_log_std = nn.Parameter(torch.full((n_out,), -5.0))
+        self.register_buffer("input_mean", torch.zeros(n_in))
+        self.register_buffer("input_std", torch.ones(n_in))
+        self.register_buffer("target_mean", torch.zeros(n_out))
+        self.register_buffer("target_std", torch.ones(n_out))
+
+    # --- training: standardised inputs to a Gaussian ---
+
+    def inputs_and_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the model predicts from what: [B, S + A] and [B, 1 + S], in the data's units."""
+        inputs = torch.cat([batch.obs, batch.action], -1)
+        targets = torch.cat([batch.reward[:, None], batch.next_obs - batch.obs], -1)
+        return inputs, targets
 
     @torch.no_grad()
-    def normalise_by(self, inputs: Tensor, targets: Tensor) -> None:
-        """Set the units from data rows [N, S + A] and [N, 1 + S]; floor 1e-12: authors' code."""
+    def set_statistics(self, batch: Batch) -> None:
+        """Keep mean and standard deviation of `batch` [N', ...]."""
+        inputs, targets = self.inputs_and_targets(batch)
         self.input_mean.copy_(inputs.double().mean(0))
         self.input_std.copy_(inputs.double().std(0).clamp(min=1e-12))
         self.target_mean.copy_(targets.double().mean(0))
         self.target_std.copy_(targets.double().std(0).clamp(min=1e-12))
 
-    @torch.no_grad()
-    def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw reward [L, B] and next_obs [L, B, S], every row from one member.
+    def standardise(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Inputs [B, S + A] and targets [B, 1 + S] with these means and deviations."""
+        inputs, targets = self.inputs_and_targets(batch)
+        inputs = (inputs - self.input_mean) / self.input_std
+        targets = (targets - self.target_mean) / self.target_std
+        return inputs, targets
 
-        Rows are dealt to the members like cards, row i to member i - cut modulo M: at random, since
-        rows of a batch are, and a rollout, which keeps its row, changes members by the random cut.
-        7 rows, 5 members, cut 3: padded to 10; member 0 gets rows 3 and 8, member 1 rows 4 and 9.
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """[M, B, S + A] -> mean, log_std [M, B, 1 + S]."""
+        return self.gaussian(self.outputs(x))
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """The outputs of the last layer: [M, B, S + A] -> [M, B, 2 (1 + S)]."""
+        *hidden_layers, output_layer = self.layers
+        for layer in hidden_layers:
+            x = F.silu(layer(x))
+        return output_layer(x)
+
+    def gaussian(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., 2 (1 + S)] -> mean, and log_std squeezed between its bounds, [..., 1 + S] each."""
+        mean, log_std = outputs.chunk(2, -1)
+        log_std = self.max_log_std - F.softplus(self.max_log_std - log_std)
+        log_std = self.min_log_std + F.softplus(log_std - self.min_log_std)
+        return mean, log_std
+
+    # --- prediction ---
+
+    @torch.no_grad()
+    def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, ...]:
+        """Draw reward [B] and next_obs [B, S], each row from a random member. No gradient."""
+        mean, log_std = self.predict(obs, action)
+        return self.draw(obs, mean, log_std)
+
+    def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, ...]:
+        """`forward` at every row, each by a random member of its own: -> mean, log_std [B, 1 + S].
+
+        The rows are shuffled, cut into M equal shares, one per member, and put back in order.
         """
-        # Paper: silent. Code: a random member per row, all evaluated. Here: equal shares, one is.
-        members, rows = self.lead[1], obs.shape[1]
-        x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std
-        x = F.pad(x, (0, 0, 0, -rows % members)).unflatten(1, (-1, members))  # [L, B / M, M, S + A]
-        cut = torch.randint(members, (), device=obs.device)  # a tensor: no wait for the GPU
-        mean, log_std = self(x[:, :, (self.member + cut) % members].transpose(1, 2))
+        x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std  # [B, S + A]
+        missing = -len(x) % self.members  # rows to add so that M divides their number
+        x = F.pad(x, (0, 0, 0, missing))
+        shuffle = torch.rand(len(x), device=x.device).argsort()  # a random permutation
+        shares = x[shuffle].unflatten(0, (self.members, -1))  # [M, (B + missing) / M, S + A]
+        unshuffle = shuffle.argsort()[: len(obs)]  # argsort of a permutation is its inverse
+        return tuple(output.flatten(0, 1)[unshuffle] for output in self(shares))
+
+    def draw(self, obs: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
+        """A sample of the Gaussian [B, 1 + S] as reward [B] and next_obs [B, S]."""
         y = mean + log_std.exp() * torch.randn_like(mean)
-        y = y.transpose(1, 2)[:, :, (self.member - cut) % members].flatten(1, 2)[:, :rows]
         # NaN becomes 0, as in the authors' code. The clamp is ours: predictions far outside the
         # data, which end a rollout, must not overflow the other networks.
         y = (y * self.target_std + self.target_mean).nan_to_num(nan=0.0).clamp(-1e6, 1e6)
-        return y[..., 0], obs + y[..., 1:]
+        return y[:, 0], obs + y[:, 1:]
 
 
-# ===== 3. Equations; at the end what every step is made of ========================================
-# Losses average over the batch and keep the learners apart: they return [L], the caller sums.
+# ===== 3. Equations ===============================================================================
 def scale_rewards(reward: Tensor) -> Tensor:
-    """Rewards [N] to about [0, 1], the scale that the constants assume."""
-    # Paper: the task's rewards. Code: min-max scaled, plus 1e-3 / span. Here: code.
+    """Rewards [N] to about [0, 1], which the critics' q_bound, huber_delta and grad_norm assume."""
+    # Paper: the task's rewards. Code: this.
     span = reward.max() - reward.min()
-    if span == 0:
-        sys.exit("all rewards of the dataset are equal, so there is nothing to learn")
     return (reward - reward.min() + 1e-3) / span
 
 
-def real_count(iteration: int, args: Args) -> int:
-    """Rows of a batch that come from the data: all in the warm start, then fewer step by step."""
-    # Paper: f = 0.5. Code: 1 until iteration 45,000, 0.1 less every 5000 after. Here: code.
+def real_rows(iteration: int, args: Args) -> int:
+    """How many rows of a batch are from the data: the share f of B."""
+    # Paper: f = 0.5. Code: 1 through the warm-up, then 0.1 less every 5000 iterations.
     falls = max(0, (iteration - args.warmup_iterations) // args.real_decay_every)
-    return int(max(args.real_fraction, 1 - 0.1 * falls) * args.batch_size)
+    fraction = max(args.real_fraction, 1 - 0.1 * falls)
+    return int(fraction * args.batch_size)
 
 
 def conservative_target(batch: Batch, q_next: Tensor, args: Args) -> Tensor:
-    """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j); q_next [L, 2, B] -> [L, B]"""
-    q = args.q_min_weight * q_next.amin(1) + (1 - args.q_min_weight) * q_next.amax(1)
-    # Paper: all of q. Code: none at terminals, none where |q| >= 2000. Here: code.
+    """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j) -> [B]; q_next [2, B] has Q'_j at (s', a')."""
+    c = args.q_min_weight
+    q = c * q_next.amin(0) + (1 - c) * q_next.amax(0)
+    # Paper: just that. Code: q counts as 0 after a terminal state and where |q| >= q_bound.
     q = torch.where((batch.terminated > 0) | (q.abs() >= args.q_bound), 0.0, q)
     return batch.reward + args.gamma * q  # Eq. (12)
 
 
 def critic_loss(q: Tensor, target: Tensor, delta: float) -> Tensor:
-    """Huber regression of both critics: q [L, 2, B] on target [L, B]."""
-    # Paper: Huber. Code: threshold 500, in effect half the square, gradient norm 0.1. Here: code.
-    target = target.unsqueeze(1).expand_as(q)
-    return F.huber_loss(q, target, reduction="none", delta=delta).mean(-1).sum(-1)  # Eq. (13)
+    """The sum of the Huber losses of all critics: q [2, B], target [B]."""
+    # Paper: Huber. Code: with a threshold so large that it is half the squared error.
+    return sum(F.huber_loss(q_j, target, delta=delta) for q_j in q)  # Eq. (13)
 
 
 def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
-    """Mean over the rows with keep = 1; [L, B] -> [L]. The same as dropping the other rows."""
-    return (values * keep).sum(-1) / keep.sum(-1).clamp(min=1)
+    """The mean over the rows with keep = 1: values [2B], keep [2B].
+
+    keep is 0 for the pair (s', a') of a terminal s': see `fake_pairs`.
+    """
+    return (values * keep).sum() / keep.sum().clamp(min=1)
 
 
-def generator_loss(logit_fake: Tensor, keep: Tensor) -> Tensor:
-    """How far the policy's pairs [L, B] are from passing as data; softplus(-logit) is -log D."""
-    # Paper: mean log(1 - D). Code: -log D, flat in fp32 below a logit of -28. Here: -log D, exact.
-    return masked_mean(F.softplus(-logit_fake), keep)  # Eq. (15)
+def generator_loss(fake_logit: Tensor, keep: Tensor) -> Tensor:
+    """-log D, on average over the fake pairs: logits and keep [2B]."""
+    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, from probabilities, where a
+    # guard against division by zero loses the gradient at logits below -28. Here: the same loss
+    # from the logit, softplus(-logit), which keeps it.
+    return masked_mean(F.softplus(-fake_logit), keep)  # Eq. (15)
 
 
-def discriminator_loss(true: Tensor, fake: Tensor, keep: Tensor, label: Tensor) -> Tensor:
-    """Cross-entropy of telling true from fake pairs by their logits [L, B]; labels of the true."""
-    # Paper: labels 1, no factor. Code: labels U[0.8, 1) and half the sum. Here: code.
-    true_part = (F.softplus(true) - label * true).mean(-1)
-    return 0.5 * (true_part + masked_mean(F.softplus(fake), keep))  # Eq. (16)
-
-
-def model_loss(mean: Tensor, log_std: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted Gaussian negative log-likelihood, up to constants; [L, M, B, 1 + S] -> [L, M]"""
-    nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
-    return (weight * nll.mean(-1)).mean(-1)  # Eq. (6), and at weight one Eq. (4)
-
-
-def model_error(mean: Tensor, target: Tensor, weight: Tensor) -> Tensor:
-    """Weighted squared error in the model's units, which judges it on held-out rows; -> [L, M]."""
-    # Paper: silent. Code: this, unpacking (likelihood, error) as (error, likelihood). Here: code.
-    return (weight * (mean - target).square().mean(-1)).mean(-1)
-
-
-def miw_loss(
-    omega: Tensor, omega_slow: Tensor, q: Tensor, q_next: Tensor, q_initial: Tensor, gamma: float
+def discriminator_loss(
+    true_logit: Tensor, fake_logit: Tensor, keep: Tensor, true_label: Tensor
 ) -> Tensor:
-    """Distance of the sides of the flow equation, tested by Q, [L]; rows [L, B], initial [L, B0].
+    """Minus half of Eq. (16), but for soft labels, to be minimised; all arguments are [2B]."""
+    # Paper: true pairs have the label 1. Code: theirs are drawn from [true_label_min, 1), and the
+    # sum is halved.
+    true_part = F.binary_cross_entropy_with_logits(true_logit, true_label)
+    fake_part = masked_mean(F.softplus(fake_logit), keep)  # softplus(logit) is -log(1 - D)
+    return (true_part + fake_part) / 2  # Eq. (16)
 
-    omega_slow is the paper's omega'; q_next is zero at terminals: nothing flows on from there.
+
+def model_loss(mean: Tensor, log_std: Tensor, target: Tensor, omega: Tensor) -> Tensor:
+    """Gaussian negative log-likelihood of every member, its rows weighted by omega. -> [M]
+
+    mean, log_std and target are [M, B, 1 + S], omega is [M, B]. The likelihood is doubled,
+    lacks its constant, and is a mean over the 1 + S outputs instead of their sum.
     """
-    # Paper: Q of pi in the model on both sides, squared distance. Code: the critic's Q_1 on the
-    # left, its slow copy on the right, 0 at terminals; Huber with threshold 1. Here: code.
-    left = (omega * q).mean(-1)
-    right = gamma * (omega_slow * q_next).mean(-1) + (1 - gamma) * q_initial.mean(-1)  # Eq. (10)
-    return F.huber_loss(left, right, reduction="none", delta=1.0)  # Eq. (11)
+    nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
+    nll = nll.mean(-1)  # over outputs, [M, B]
+    return (omega * nll).mean(-1)  # over rows; Eq. (6), and with omega = 1 Eq. (4)
 
 
-def keep_mean_below(bound: float, mean: Tensor, mean_grads: list, loss_grads: list) -> list[Tensor]:
-    """Bend the loss gradient so that the mean of omega [L] stays below a bound.
+def model_error(mean: Tensor, target: Tensor, omega: Tensor) -> Tensor:
+    """Squared error of every member, its rows weighted by omega, to judge held-out rows. -> [M]
 
-    Dynamic barrier gradient descent (Gong, Liu, Liu 2021), per learner and parameter tensor: the
-    smallest f >= 0 for which g = loss_grad + f mean_grad has <g, mean_grad> >= min(mean - bound,
-    |mean_grad|^2). Above the bound a step must lower the mean; below, it may rise within the room.
+    mean is [M, B, 1 + S]; target [B, 1 + S] and omega [B] are the same for every member.
     """
-    # Paper: no constraint. Code: this one. Here: code.
-    norm2 = torch.stack([g.square().flatten(1).sum(1) for g in mean_grads])  # [tensors, L]
-    pairs = list(zip(loss_grads, mean_grads, strict=True))
-    product = torch.stack([(a * b).flatten(1).sum(1) for a, b in pairs])
-    wanted = torch.minimum(mean - bound, norm2)
-    factor = ((wanted - product) / (norm2 + 1e-8)).clamp(min=0)
-    return [a + torch.einsum("l,l...->l...", f, b) for f, (a, b) in zip(factor, pairs)]
+    # Paper: does not say. Code: computes likelihood and error, and takes this one, probably by
+    # mistake.
+    error = (mean - target).square().mean(-1)  # [M, B]
+    return (omega * error).mean(-1)
 
 
-def gradients(loss: Tensor, optimizer: torch.optim.Adam, keep_graph: bool = False) -> list[Tensor]:
-    """Gradients of a loss [L] for this optimizer's parameters and no others that it passes."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    return list(torch.autograd.grad(loss.sum(), parameters, retain_graph=keep_graph))
+def omega_loss(
+    omega: Tensor, omega_target: Tensor, q: Tensor, q_next: Tensor, q_initial: Tensor, gamma: float
+) -> Tensor:
+    """How far the two sides of Eq. (10) are apart.
+
+    Weighted by omega, a mean over the data is one over the policy's discounted visits. A share
+    1 - gamma of these are starts of episodes, the others follow a visit. So with the right omega
+    the mean Q of all visits (left) is that of successors and starts in these shares (right).
+
+    omega, omega_target and q [B] are at stored pairs, q_next [B] at the s' after them, q_initial
+    [omega_initial_batch_size] at initial states, the last two with the policy's actions.
+    """
+    # The two sides of Eq. (10). The paper's Eq. (10) omits the gamma that its Eq. (9) has.
+    # Paper: Q of the policy in the model. Code: on the left Q_1 of the critic, on the right Q_1 of
+    # omega_critic_target, 0 after terminal states.
+    left = (omega * q).mean()
+    right = gamma * (omega_target * q_next).mean() + (1 - gamma) * q_initial.mean()
+    # Paper: the squared difference. Code: Huber, linear beyond a difference of 1.
+    return F.huber_loss(left, right, delta=1.0)  # Eq. (11)
 
 
-def move(optimizer: torch.optim.Adam, grads: list[Tensor], max_norm: float = math.inf) -> None:
-    """One Adam step along gradients [L, ...], clipped per learner as torch's clip_grad_norm_."""
-    if max_norm < math.inf:
-        norm = torch.cat([g.flatten(1) for g in grads], 1).norm(dim=1)
-        scale = (max_norm / (norm + 1e-6)).clamp(max=1)
-        grads = [torch.einsum("l,l...->l...", scale, g) for g in grads]
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
-    optimizer.step()
+def constrain_mean(
+    loss_grad: Tensor, mean_grad: Tensor, mean_omega: Tensor, bound: float
+) -> Tensor:
+    """The loss's gradient at one tensor of omega, corrected to keep the mean of omega bounded.
+
+    Eq. (11) is a single number, too little to determine omega. Dynamic barrier gradient descent
+    (Gong, Liu, Liu 2021) returns g = loss_grad + multiple * mean_grad with the smallest
+    multiple >= 0 such that <g, mean_grad> >= min(mean_omega - bound, |mean_grad|^2), where <,> is
+    the scalar product. Above the bound a step along it lowers the mean; below, it may raise the
+    mean, the less the closer. (Adam changes the step, so that this is no guarantee.)
+    """
+    # Paper: no bound. Code: this one.
+    norm_squared = mean_grad.square().sum()
+    wanted = torch.minimum(mean_omega - bound, norm_squared)
+    multiple = (wanted - (loss_grad * mean_grad).sum()) / (norm_squared + 1e-8)
+    return loss_grad + multiple.clamp(min=0) * mean_grad
 
 
 @torch.no_grad()
-def polyak(slow: nn.Module, fast: nn.Module, rate: float) -> None:
-    """slow += rate * (fast - slow), in place."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
+def polyak(target: nn.Module, network: nn.Module, rate: float) -> None:
+    """target += rate * (network - target), all parameters in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
 
 
 # ===== 4. The method ==============================================================================
 class AMPL(nn.Module):
-    """The state of training (networks, data, buffer, optimizers) and the steps of Algorithm 1.
+    """The state of training (networks, data, D_model, optimizers) and the steps of Algorithm 1.
 
-    `iterate`, `rollout`, `model_step` and `miw_step` read no Python value that changes and never
-    wait for the GPU, so `capture` can record them. `ablations/` derives the paper's variants.
+    On a GPU `iterate`, `rollout`, `model_step` and `omega_step` are recorded as CUDA graphs, so
+    they never wait for a tensor's value and hold no `if` on what changes between calls. The two
+    flags of `iterate` are the exception: it gets one graph per combination.
+
+    Variants of the method, such as the paper's ablations, derive from this class.
     """
 
-    Policy, Weight = ImplicitPolicy, ImportanceWeight  # networks of actor and omega
+    Model = ModelEnsemble
+    Policy = ImplicitPolicy
+    Critic = TwinCritic
+    Discriminator = Discriminator
+    Omega = OmegaNetwork
+    acting = ("actor", "critic")  # what `act` uses, and policy.pt in the run's folder holds
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         super().__init__()
-        self.args, self.device, self.learners = args, device, args.num_seeds
-        self.sizes, self.columns = (obs_dim, action_dim), [obs_dim, action_dim, 1, obs_dim, 1]
-        self.model = self.build("model", DynamicsEnsemble, args.ensemble_size)
-        self.elites = self.build("elites", DynamicsEnsemble, args.num_elites)  # the best members
+        self.args = args
+        self.device = device
+        self.obs_dim = obs_dim
+        self.action_dim = action_dim
+        self.model = self.build("model", self.Model, members=args.ensemble_size)
+        # A copy of the best members of the model, which makes all predictions.
+        self.elites = self.build("elites", self.Model, members=args.num_elites)
+        self.elites.requires_grad_(False)
         self.actor = self.build("actor", self.Policy)
-        self.critic = self.build("critic", TwinCritic)
-        self.discriminator = self.build("discriminator", Discriminator)
-        self.omega = self.build("omega", self.Weight)
-        self.actor_target, self.critic_target = map(copy.deepcopy, (self.actor, self.critic))
-        self.omega_slow, self.critic_slow = map(copy.deepcopy, (self.omega, self.critic))
-        rows = torch.zeros(self.learners, args.buffer_size, sum(self.columns))
-        self.register_buffer("buffer", rows)  # [L, capacity, C]: D_model, 300 MB on pen
-        self.register_buffer("buffer_end", torch.zeros((), dtype=torch.long))  # next row to write
-        self.register_buffer("buffer_rows", torch.zeros((), dtype=torch.long))  # rows filled
-        self.register_buffer("real_rows", torch.tensor(args.batch_size))  # of a mixed batch
-        self.register_buffer("q_avg", torch.zeros(self.learners))  # running mean of |Q|; 0: none
-        self.register_buffer("learner", torch.arange(self.learners), persistent=False)
-        self.register_buffer("place", torch.arange(args.batch_size), persistent=False)
+        self.critic = self.build("critic", self.Critic)
+        self.discriminator = self.build("discriminator", self.Discriminator)
+        self.omega = self.build("omega", self.Omega)
+        self.actor_target = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        # Two more targets serve the training of omega alone.
+        self.omega_target = copy.deepcopy(self.omega).requires_grad_(False)
+        self.omega_critic_target = copy.deepcopy(self.critic_target)
+        # A row of data or model_data is a Batch's fields side by side. The counters are tensors, so
+        # that a CUDA graph can move them.
+        self.field_sizes = [obs_dim, action_dim, 1, obs_dim, 1]
+        self.register_buffer("model_data", torch.zeros(args.buffer_size, sum(self.field_sizes)))
+        self.register_buffer("write_row", torch.zeros((), dtype=torch.long))  # of model_data
+        self.register_buffer("num_model_rows", torch.zeros((), dtype=torch.long))  # filled so far
+        self.register_buffer("num_real", torch.tensor(args.batch_size))  # data rows of a batch
+        self.register_buffer("q_avg", torch.zeros(()))  # running mean of |Q|; 0 before the first
         self.to(device)
-        layers = zip([*self.model.trunk, self.model.heads], args.model_weight_decay, strict=True)
-        groups = [dict(params=layer.parameters(), weight_decay=decay) for layer, decay in layers]
-        bounds = dict(params=[self.model.max_log_std, self.model.min_log_std])
-        gan = self.discriminator.parameters(), args.discriminator_lr, args.gan_beta1
-        self.optimizers = {
-            "model": self.adam([*groups, bounds], args.model_lr),
-            "critic": self.adam(self.critic.parameters(), args.critic_lr),
-            "actor": self.adam(self.actor.parameters(), args.actor_lr, args.gan_beta1),
-            "discriminator": self.adam(*gan),
-            "omega": self.adam(self.omega.parameters(), args.miw_lr),
-        }
 
-    def build(self, name: str, network: type, *sizes: int) -> nn.Module:
-        """A network whose first weights depend on the seed and its name alone."""
+        gan_betas = (args.gan_beta1, 0.999)
+        self.actor_optimizer = self.adam(self.actor.parameters(), args.actor_lr, gan_betas)
+        self.critic_optimizer = self.adam(self.critic.parameters(), args.critic_lr)
+        self.discriminator_optimizer = self.adam(
+            self.discriminator.parameters(), args.discriminator_lr, gan_betas
+        )
+        self.omega_optimizer = self.adam(self.omega.parameters(), args.omega_lr)
+        groups = [{"params": [self.model.max_log_std, self.model.min_log_std]}]
+        for layer, decay in zip(self.model.layers, args.model_weight_decay, strict=True):
+            groups.append({"params": layer.parameters(), "weight_decay": decay})
+        self.model_optimizer = self.adam(groups, args.model_lr)
+
+    def build(self, name: str, network: type, **options) -> nn.Module:
+        """A network whose first weights depend on nothing but the seed and its name."""
         reseed(self.args.seed, name)
-        return network(*sizes, *self.sizes, self.args).to(self.device)
+        return network(self.obs_dim, self.action_dim, self.args, **options).to(self.device)
 
-    def adam(self, parameters, lr: float, beta1: float = 0.9) -> torch.optim.Adam:
-        on_gpu = self.device.type == "cuda"
-        return torch.optim.Adam(parameters, lr, (beta1, 0.999), fused=True, capturable=on_gpu)
+    def adam(self, parameters, lr: float, betas=(0.9, 0.999)) -> torch.optim.Adam:
+        """An optimizer that `capture` can record."""
+        capturable = self.device.type == "cuda"
+        return torch.optim.Adam(parameters, lr, betas, fused=True, capturable=capturable)
 
-    # --- data, buffer, batches ---
+    # --- data ---
 
     def set_data(self, dataset: dict[str, Tensor]) -> None:
-        """Take a dataset (see load_dataset): rows [N, C] with scaled rewards, and their limits."""
-        obs, next_obs = dataset["obs"], dataset["next_obs"]
-        reward, end = scale_rewards(dataset["reward"]), dataset["terminated"].float()
-        rows = [obs, dataset["action"], reward[:, None], next_obs, end[:, None]]
-        self.data = torch.cat(rows, -1).to(self.device)
-        self.has_next = dataset["has_next"].nonzero().squeeze(-1).to(self.device)  # s' is known
-        self.episode_starts = dataset["starts"]
-        self.register_buffer("weight", torch.ones(self.learners, len(self.data)).to(self.device))
-        # A prediction beyond these ends a rollout: twice the data's largest values, and its largest
-        # reward and 10 deviations (authors' code; rewards are positive here).
+        """Take what load_dataset gives. Not part of __init__: a saved policy acts without data."""
+        obs = dataset["obs"]
+        next_obs = dataset["next_obs"]
+        terminated = dataset["terminated"].float()
+        if dataset["reward"].min() == dataset["reward"].max():
+            sys.exit("all rewards of the dataset are equal, so there is nothing to learn")
+        reward = scale_rewards(dataset["reward"])
+        fields = [obs, dataset["action"], reward[:, None], next_obs, terminated[:, None]]
+        self.data = torch.cat(fields, -1).to(self.device)  # D_env, [N, S + A + 1 + S + 1]
+
+        # Files that do not store s' have it as the state of the next row. After a terminal row that
+        # is another episode's, so s' is unknown.
+        # Paper: the model is fitted to all rows. Code: likewise, with the other episode's state as
+        # s'. Here: the model is fitted only to the rows with a known s'. D_env keeps all rows.
+        has_next = dataset["has_next"]
+        self.rows_with_next = has_next.nonzero().squeeze(-1).to(self.device)  # row numbers
+        lost = int((terminated[~has_next] > 0).sum())
+        if lost:
+            print(f"note: s' of {lost} terminals is not stored: the model is not fitted to them")
+
+        # A prediction beyond these is outside the data: twice the largest |obs| of each dimension,
+        # and the largest reward plus 10 standard deviations.
         self.obs_limit = 2 * torch.maximum(obs.abs(), next_obs.abs()).amax(0).to(self.device)
         self.reward_limit = (reward.max() + 10 * reward.std()).to(self.device)
+        self.episode_starts = dataset["starts"]  # [episodes, S]
+        self.initial_obs = None  # collected when omega is first trained
 
     def split(self, rows: Tensor) -> Batch:
-        """Rows [..., C] by field."""
-        obs, action, reward, next_obs, terminated = rows.split(self.columns, -1)
+        """Rows of data or model_data [B, S + A + 1 + S + 1] by field."""
+        obs, action, reward, next_obs, terminated = rows.split(self.field_sizes, -1)
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
-    def sample_rows(self, rows: Tensor, count: int) -> Tensor:
-        """Uniform rows of a table [N, ...], with replacement. -> [L, count, ...]"""
-        return rows[torch.randint(len(rows), (self.learners, count), device=self.device)]
+    def random_rows(self, table: Tensor, count: int) -> Tensor:
+        """Uniform rows of a table [N, ...], with replacement. -> [count, ...]"""
+        return table[torch.randint(len(table), (count,), device=self.device)]
 
     def sample_data(self, count: int) -> Batch:
-        return self.split(self.sample_rows(self.data, count))
+        """Rows of D_env."""
+        return self.split(self.random_rows(self.data, count))
 
-    def sample(self) -> Batch:
-        """Two mixed batches [L, 2, B, ...]: real_rows rows of the data, the rest of the buffer."""
-        # Both kinds are drawn in full and one is kept per row: fixed shapes, and a count that is a
-        # tensor, so that the iteration can be a CUDA graph while the mix changes.
-        shape = self.learners, 2, self.args.batch_size
-        place = torch.rand(shape, device=self.device) * self.buffer_rows
-        place = place.long().minimum(self.buffer_rows - 1)  # the product may have been rounded up
-        imagined = self.buffer[self.learner.view(-1, 1, 1), place]
-        real = self.data[torch.randint(len(self.data), shape, device=self.device)]
-        is_real = self.place < self.real_rows  # [B]
-        return self.split(torch.where(is_real.unsqueeze(-1), real, imagined))
+    def sample_mixed(self) -> Batch:
+        """B rows: `num_real` of D_env, then the rest of D_model."""
+        # A CUDA graph has fixed shapes, but num_real changes. So B rows of either kind are drawn,
+        # and one of the two is kept.
+        count = self.args.batch_size
+        real = self.random_rows(self.data, count)
+        row = (torch.rand(count, device=self.device) * self.num_model_rows).long()
+        row = row.minimum(self.num_model_rows - 1)  # rand * n can round up to n
+        imagined = self.model_data[row]
+        is_real = torch.arange(count, device=self.device) < self.num_real
+        return self.split(torch.where(is_real[:, None], real, imagined))
 
     def remember(self, batch: Batch) -> None:
-        """Write model transitions [L, B, ...] over the oldest rows of the buffer."""
-        fields = [f.unsqueeze(-1) if f.dim() == 2 else f for f in batch]
-        count, capacity = batch.obs.shape[1], self.buffer.shape[1]
-        place = (self.buffer_end + torch.arange(count, device=self.device)) % capacity
-        self.buffer.index_copy_(1, place, torch.cat(fields, -1))
-        self.buffer_end.add_(count).remainder_(capacity)
-        self.buffer_rows.add_(count).clamp_(max=capacity)
-
-    # --- one iteration ---
-
-    def iterate(self, warmup: bool, step_actor: bool) -> Logs:
-        """One iteration: critics, policy, discriminator, targets."""
-        both = self.sample()  # one for Q, and states of their own for the fake pairs
-        batch = Batch(*(field[:, 0] for field in both))
-        logs = self.update_critic(batch)  # Eq. (12), (13)
-        logs |= self.update_policy_and_discriminator(both.obs, warmup, step_actor)  # Eq. (14)-(17)
-        polyak(self.critic_target, self.critic, self.args.tau)
-        polyak(self.actor_target, self.actor, self.args.tau)
-        return logs
-
-    def update_critic(self, batch: Batch) -> Logs:
-        args, optimizer = self.args, self.optimizers["critic"]
-        with torch.no_grad():
-            next_action = torch.tanh(self.actor_target(batch.next_obs))
-            q_next = self.critic_target(batch.next_obs, next_action)
-            target = conservative_target(batch, q_next, args)
-        q = self.critic(batch.obs, batch.action)
-        loss = critic_loss(q, target, args.critic_huber_delta)
-        move(optimizer, gradients(loss, optimizer), args.critic_grad_norm)
-        return {"losses/critic_loss": loss.detach(), "losses/q_values": q.detach().mean((1, 2))}
-
-    def update_policy_and_discriminator(self, obs: Tensor, warmup: bool, step_actor: bool) -> Logs:
-        """The policy moves if `step_actor`, the discriminator always; obs [L, 2, B, S]."""
-        with torch.set_grad_enabled(step_actor):
-            raw = self.actor(obs.flatten(1, 2)).view(*obs.shape[:3], -1)
-        with torch.set_grad_enabled(step_actor and not warmup):  # otherwise only for q_avg
-            q_min = self.critic(obs[:, 0], torch.tanh(raw[:, 0])).amin(1)
-        q_abs = q_min.detach().abs().mean(-1)
-        self.q_avg.copy_(torch.where(self.q_avg > 0, self.q_avg, q_abs))  # the first batch sets it
-        gan_loss, disc_loss = self.gan_losses(obs[:, 1], raw[:, 1])
-        # Paper: no warm start. Code: 40,000 iterations that only imitate. Here: code.
-        actor_loss = gan_loss if warmup else self.policy_loss(q_min, gan_loss)
-        # Paper: discriminator first. Code: policy first, every second time; both losses with the
-        # old D. Here: code. They share a graph, of which D's gradient uses nothing that has moved.
-        if step_actor:
-            actor = self.optimizers["actor"]
-            move(actor, gradients(actor_loss, actor, keep_graph=True))
-        discriminator = self.optimizers["discriminator"]
-        move(discriminator, gradients(disc_loss, discriminator))
-        self.q_avg.lerp_(q_abs, self.args.tau)
-        losses = dict(actor_loss=actor_loss, generator_loss=gan_loss, discriminator_loss=disc_loss)
-        return {f"losses/{name}": loss.detach() for name, loss in losses.items()}
-
-    def policy_loss(self, q_min: Tensor, gan_loss: Tensor) -> Tensor:
-        """-lambda mean min_j Q_j + L_g with lambda = lambda' / Q_avg; q_min [L, B] -> [L]"""
-        return -(self.args.q_coef / self.q_avg) * q_min.mean(-1) + gan_loss  # Eq. (17)
-
-    def gan_losses(self, obs: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Of generator and discriminator, from the policy's raw actions at obs, [L, B, ...]."""
-        args = self.args
-        with torch.set_grad_enabled(raw.requires_grad):
-            fake_obs, fake_raw, keep = self.fake_pairs(obs, raw)
-        # Paper: silent. Code: as many true pairs as fake ones remain. Here: always 2B.
-        data = self.sample_data(2 * args.batch_size)
-        true_raw = torch.atanh(data.action.clamp(-1 + 1e-7, 1 - 1e-7))  # fp32: at most 8.3
-        pairs = torch.cat([data.obs, fake_obs], 1), torch.cat([true_raw, fake_raw], 1)
-        logit_true, logit_fake = self.discriminator(*pairs).chunk(2, 1)
-        label = args.label_smoothing + (1 - args.label_smoothing) * torch.rand_like(logit_true)
-        disc_loss = discriminator_loss(logit_true, logit_fake, keep, label)
-        return generator_loss(logit_fake, keep), disc_loss
-
-    def fake_pairs(self, obs: Tensor, raw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The policy's pairs at s and at the model's s': obs, raw action, keep [L, 2B, ...]."""
-        # The gradient reaches the policy through both raw actions; s' is a constant.
-        reward, next_obs = self.elites.sample(obs, torch.tanh(raw.detach()))
-        _, terminated = self.terminate(reward, next_obs)
-        next_raw = self.actor(next_obs)
-        # Paper: all pairs. Code: those at a terminal s' are removed. Here: code, as weight 0.
-        keep = torch.cat([torch.ones_like(terminated), 1 - terminated], 1)
-        return torch.cat([obs, next_obs], 1), torch.cat([raw, next_raw], 1), keep  # Eq. (14)
-
-    # --- rollouts in the model ---
-
-    def terminate(self, reward: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
-        """By the task's rule, or far outside the data. -> reward, terminated (0 or 1), [L, B]"""
-        # Paper: silent. Code: the known rule, and two ranges that cost -reward_limit. Here: code.
-        outside = (next_obs.abs() > self.obs_limit).any(-1) | (reward.abs() > self.reward_limit)
-        terminated = outside | known_termination(self.args.env_id, next_obs)
-        return torch.where(outside, -self.reward_limit, reward), terminated.float()
-
-    @torch.no_grad()
-    def rollout(self) -> Logs:
-        """Roll out from stored states, up to the first terminated step, and store every step."""
-        args, ended = self.args, []
-        # Paper: silent. Code: batches of 2048 rollouts until 32,000 rows are there or more (37,120
-        # at horizon 5). Here: 32,000, and an ended rollout's slot restarts, so that shapes are
-        # fixed. A CPU works in chunks that stay in its cache, a GPU on all at once.
-        slots = math.ceil(args.rollout_rows / args.horizon)
-        chunk = 2048 if args.shared_rollout_action or self.device.type == "cpu" else slots
-        for first in range(0, slots, chunk):
-            count = min(chunk, slots - first)
-            obs = self.sample_data(count).obs
-            for _ in range(args.horizon):
-                action = torch.tanh(self.actor(obs))
-                # Paper: a ~ pi per state. Code: by mistake one action for all rows. Here: paper.
-                if args.shared_rollout_action:
-                    action = action[:, :1].expand_as(action)
-                reward, next_obs = self.elites.sample(obs, action)
-                reward, terminated = self.terminate(reward, next_obs)
-                self.remember(Batch(obs, action, reward, next_obs, terminated))
-                fresh = self.sample_data(count).obs
-                obs = torch.where(terminated.unsqueeze(-1) > 0, fresh, next_obs)
-                ended.append(terminated)
-        return {"rollout/terminated_frac": torch.cat(ended, -1).mean(-1)}
-
-    # --- model and omega ---
-
-    def retrain(self, k: int, log: Callable) -> None:
-        """Re-training k: estimate omega, refit the model with it."""
-        self.fit_model(k, self.fit_weight(k, log), log)
-
-    def fit_model(self, k: int, weight: Tensor, log: Callable) -> Tensor:
-        """Fit k of the model, rows weighted by weight [L, N]. -> hold-out errors [L, M]"""
-        # Paper: silent. Code: a re-fit goes on from the present weights and Adam state, on a new
-        # split, until no member has gained 1 % for `model_patience` epochs. Here: code. A learner
-        # that stops before the others keeps its best members; its Adam state goes on.
-        args, model = self.args, self.model
-        self.weight.copy_(weight)
-        inputs, targets = self.model_pairs()
-        weight = weight[:, self.has_next]  # [L, n]
-        reseed(args.seed, "model", k)
-        order = torch.rand(weight.shape, device=self.device).argsort(-1)  # other rows per learner
-        held = min(len(inputs) // 5, args.holdout_size)
-        holdout, train = order[:, :held].contiguous(), order[:, held:].contiguous()
-        best = [p.detach().clone() for p in model.members()]
-        best_error = torch.full(model.lead, 1e32, device=self.device)
-        idle = torch.zeros(self.learners, device=self.device)  # epochs without a member's gain
-        step = capture(lambda: self.model_step(inputs, targets, weight, train), args)
-        for epoch in range(args.model_max_epochs):
-            for _ in range(args.model_epoch_steps):
-                logs = step()
-            error = self.validate(inputs, targets, weight, holdout)
-            gained = (best_error - error) / best_error > 0.01
-            gained &= (idle < args.model_patience).unsqueeze(-1)
-            best_error = torch.where(gained, error, best_error)
-            for saved, now in zip(best, model.members()):
-                saved.copy_(torch.where(gained[..., None, None], now.detach(), saved))
-            idle = torch.where(gained.any(-1), 0, idle + 1)
-            log(f"model fit {k}, epoch {epoch}", logs | {"model/holdout_error": error.mean(-1)})
-            if (idle >= args.model_patience).all():
-                break
-        with torch.no_grad():  # the bounds of log_std stay as they are, as in the authors' code
-            for saved, now in zip(best, model.members()):
-                now.copy_(saved)
-        self.choose_elites(best_error)
-        return best_error
-
-    def model_pairs(self) -> tuple[Tensor, Tensor]:
-        """The model's inputs [n, S + A] and targets [n, 1 + S], normalised, where s' is known."""
-        batch, model = self.split(self.data[self.has_next]), self.model
-        inputs = torch.cat([batch.obs, batch.action], -1)
-        targets = torch.cat([batch.reward.unsqueeze(-1), batch.next_obs - batch.obs], -1)
-        model.normalise_by(inputs, targets)
-        inputs = (inputs - model.input_mean) / model.input_std
-        return inputs, (targets - model.target_mean) / model.target_std
-
-    def model_step(self, inputs: Tensor, targets: Tensor, weight: Tensor, train: Tensor) -> Logs:
-        """One Adam step of all members on rows of their own, drawn from the rows train [L, n]."""
-        args, model, optimizer = self.args, self.model, self.optimizers["model"]
-        shape = (self.learners, args.ensemble_size * args.model_batch_size)
-        rows = train.gather(1, torch.randint(train.shape[1], shape, device=self.device))
-        weight = weight.gather(1, rows).view(*model.lead, -1)
-        rows = rows.view(*model.lead, -1)  # [L, M, B]
-        loss = self.fit_loss(inputs[rows], targets[rows], weight).sum(-1)
-        # Keeps the learned bounds of log_std from drifting apart (authors' code).
-        spread = (model.max_log_std - model.min_log_std).flatten(1).sum(-1)
-        move(optimizer, gradients(loss + 0.02 * spread, optimizer))
-        return {"model/train_nll": loss.detach() / args.ensemble_size}
-
-    def fit_loss(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Of normalised inputs and targets [L, M, B, ...]. -> [L, M]"""
-        return model_loss(*self.model(x), y, weight)
-
-    @torch.no_grad()
-    def validate(self, inputs: Tensor, targets: Tensor, weight: Tensor, rows: Tensor) -> Tensor:
-        """Errors of the members on rows [L, n], in parts that stay in a CPU's cache. -> [L, M]"""
-        total = 0.0
-        for part in rows.split(512, -1):
-            x, y = inputs[part].unsqueeze(1), targets[part].unsqueeze(1)  # [L, 1, 512, ...]
-            mean, _ = self.model(x.expand(-1, self.model.lead[1], -1, -1))
-            error = model_error(mean, y, weight.gather(1, part).unsqueeze(1))
-            total = total + error * part.shape[1] / rows.shape[1]
-        return total
-
-    @torch.no_grad()
-    def choose_elites(self, error: Tensor) -> None:
-        """Copy the members with the lowest hold-out error [L, M] to self.elites."""
-        ranked = error.argsort(-1)[:, : self.args.num_elites]  # [L, E]
-        learner, chosen = torch.arange(len(error)).unsqueeze(-1), self.model.state_dict()
-        for name in chosen:
-            if name.startswith(("trunk", "heads")):
-                chosen[name] = chosen[name][learner, ranked]
-        self.elites.load_state_dict(chosen)
-
-    def fit_weight(self, k: int, log: Callable) -> Tensor:
-        """Train omega before re-fit k. -> weights of the data: omega over its mean, [L, N]"""
-        self.critic_slow.load_state_dict(self.critic_target.state_dict())
-        # Policy and critic stand still meanwhile, so Q_1 at the stored pairs is computed once.
-        q_data = self.over_data(lambda batch: self.critic.first(batch.obs, batch.action))
-        return self.train_weight(lambda: self.miw_step(q_data), k, log)
-
-    def train_weight(self, step: Callable[[], Logs], k: int, log: Callable) -> Tensor:
-        """`miw_steps` steps of omega. -> its normalised weights of the data, [L, N]"""
-        reseed(self.args.seed, "omega", k)
-        step = capture(step, self.args)
-        for t in range(1, self.args.miw_steps + 1):
-            logs = step()
-            if t % 1000 == 0 or t == self.args.miw_steps:
-                log(f"omega {k}, step {t}", logs)
-        omega = self.over_data(lambda batch: self.omega(batch.obs, batch.action))
-        # Paper: omega. Code: omega / mean(omega). Here: code.
-        return omega / omega.mean(-1, keepdim=True)
-
-    def miw_step(self, q_data: Tensor) -> Logs:
-        """One step of omega, Eq. (11); q_data [L, N] is Q_1 at the stored pairs."""
-        args, shape = self.args, (self.learners, self.args.miw_batch_size)
-        rows = torch.randint(len(self.data), shape, device=self.device)
-        start = self.sample_rows(self.initial_obs, args.miw_initial_batch_size)
-        batch, q = self.split(self.data[rows]), q_data.gather(1, rows)
-        with torch.no_grad():
-            next_action = torch.tanh(self.actor(batch.next_obs))
-            q_next = self.critic_slow.first(batch.next_obs, next_action) * (1 - batch.terminated)
-            q_initial = self.critic_slow.first(start, torch.tanh(self.actor(start)))
-            omega_slow = self.omega_slow(batch.obs, batch.action)
-        omega = self.omega(batch.obs, batch.action)
-        loss = miw_loss(omega, omega_slow, q, q_next, q_initial, args.gamma)
-        polyak(self.critic_slow, self.critic, args.miw_tau)
-        return self.move_omega(omega, loss)
-
-    def move_omega(self, omega: Tensor, loss: Tensor) -> Logs:
-        """One Adam step of omega [L, B] along its loss [L], and of its slow copy."""
-        args, optimizer, mean_omega = self.args, self.optimizers["omega"], omega.mean(-1)
-        loss_grads = gradients(loss, optimizer, keep_graph=True)
-        mean_grads = gradients(mean_omega, optimizer)
-        mean_omega = mean_omega.detach()
-        grads = keep_mean_below(args.miw_mean_bound, mean_omega, mean_grads, loss_grads)
-        move(optimizer, grads, args.miw_grad_norm)
-        polyak(self.omega_slow, self.omega, args.miw_tau)
-        return {"losses/weight_loss": loss.detach(), "weights/batch_mean": mean_omega}
-
-    @functools.cached_property
-    def initial_obs(self) -> Tensor:
-        """Observations from mu0, [N0, S], drawn when omega is trained first."""
-        # Paper: mu0. Code: simulator resets, online access. Here: code, or the data's own.
-        if self.args.initial_states == "dataset":
-            return self.episode_starts.to(self.device)
-        env, count = make_env(self.args.env_id), self.args.num_initial_states
-        states = [env.reset(seed=None if i else self.args.seed)[0] for i in range(count)]
-        return torch.as_tensor(np.array(states, np.float32), device=self.device)
+        """Write transitions over the oldest rows of D_model."""
+        obs, action, reward, next_obs, terminated = batch
+        rows = torch.cat([obs, action, reward[:, None], next_obs, terminated[:, None]], -1)
+        place = self.write_row + torch.arange(len(rows), device=self.device)
+        self.model_data.index_copy_(0, place % len(self.model_data), rows)
+        self.write_row.add_(len(rows)).remainder_(len(self.model_data))
+        self.num_model_rows.add_(len(rows)).clamp_(max=len(self.model_data))
 
     @torch.no_grad()
     def over_data(self, function: Callable[[Batch], Tensor]) -> Tensor:
-        """A function of a batch, Batch -> [L, B], for every row of the data. -> [L, N]"""
-        parts = (self.split(rows.expand(self.learners, -1, -1)) for rows in self.data.split(4096))
-        return torch.cat([function(batch) for batch in parts], -1)
+        """`function` (Batch -> [B]) at all rows of the data. -> [N]"""
+        return torch.cat([function(self.split(rows)) for rows in self.data.split(4096)])
 
-    # --- evaluation ---
+    # --- one iteration ---
+
+    def iterate(self, warmup: bool, step_actor: bool) -> Scalars:
+        """One iteration of Algorithm 1: critics, policy, discriminator, targets.
+
+        It draws three batches: B mixed rows here, and in `gan_losses` B mixed rows whose states
+        start the fake pairs, and 2B rows of data, which are the true pairs.
+        """
+        args = self.args
+        batch = self.sample_mixed()
+
+        # The critics step towards one target.
+        target = self.q_target(batch)  # Eq. (12), [B]
+        q = self.critic(batch.obs, batch.action)  # [2, B]
+        q_loss = critic_loss(q, target, args.critic_huber_delta)  # Eq. (13)
+        self.critic_optimizer.zero_grad()
+        q_loss.backward()
+        # Paper: no clipping. Code: this.
+        nn.utils.clip_grad_norm_(self.critic.parameters(), args.critic_grad_norm)
+        self.critic_optimizer.step()
+
+        # The losses of policy and discriminator. A policy that will not step needs no gradient.
+        with torch.set_grad_enabled(step_actor):
+            q_policy = self.q_policy(batch.obs, self.actor(batch.obs))  # [B]
+        regularizer, disc_loss = self.gan_losses(batch, step_actor)  # Eq. (15), (16)
+        q_size = q_policy.detach().abs().mean()
+        self.q_avg.copy_(torch.where(self.q_avg > 0, self.q_avg, q_size))  # the first batch sets it
+        actor_loss = regularizer  # Paper: no warm-up. Code: 40,000 iterations with this alone.
+        if not warmup:
+            actor_loss = regularizer - (args.q_coef / self.q_avg) * q_policy.mean()  # Eq. (17)
+
+        # Both losses depend on both networks; `inputs` keeps the gradient of each to its own. The
+        # first backward pass leaves the shared graph to the second, which does not pass through
+        # the policy's weights, so that their step in between does no harm.
+        # Paper: discriminator, then policy. Code: policy first, on losses from before both steps.
+        if step_actor:
+            self.actor_optimizer.zero_grad()
+            actor_loss.backward(inputs=parameters_of(self.actor_optimizer), retain_graph=True)
+            self.actor_optimizer.step()
+        if disc_loss is not None:
+            self.discriminator_optimizer.zero_grad()
+            disc_loss.backward(inputs=parameters_of(self.discriminator_optimizer))
+            self.discriminator_optimizer.step()
+
+        # The targets follow, and so does Q_avg.
+        polyak(self.critic_target, self.critic, args.tau)
+        polyak(self.actor_target, self.actor, args.tau)
+        self.q_avg.lerp_(q_size, args.tau)
+        logs = {
+            "losses/critic_loss": q_loss.detach(),
+            "losses/q_values": q.detach().mean(),
+            "losses/actor_loss": actor_loss.detach(),
+            "losses/generator_loss": regularizer.detach(),
+        }
+        if disc_loss is not None:
+            logs["losses/discriminator_loss"] = disc_loss.detach()
+        return logs
+
+    @torch.no_grad()
+    def q_target(self, batch: Batch) -> Tensor:
+        """What the critics step towards. -> [B]"""
+        next_action = self.actor_target(batch.next_obs)
+        q_next = self.critic_target(batch.next_obs, next_action)  # [2, B]
+        return conservative_target(batch, q_next, self.args)
+
+    def q_policy(self, obs: Tensor, action: Tensor) -> Tensor:
+        """The value that the policy raises, and by which `act` chooses: min_j Q_j. -> [B]"""
+        return self.critic(obs, action).amin(0)
+
+    def gan_losses(self, batch: Batch, step_actor: bool) -> tuple[Tensor, Tensor | None]:
+        """The regularizer of the policy, and the loss of the discriminator.
+
+        A derived class may have no discriminator and return None, and may need the iteration's own
+        `batch`, which is unused here.
+        """
+        args = self.args
+        with torch.set_grad_enabled(step_actor):
+            fake_obs, fake_raw, keep = self.fake_pairs(self.sample_mixed().obs)  # Eq. (14)
+        # Code: as many true pairs as there are fake ones that count. Here: always 2B.
+        true_obs, true_raw = self.true_pairs(2 * args.batch_size)
+        true_logit = self.discriminator(true_obs, true_raw)  # [2B]
+        fake_logit = self.discriminator(fake_obs, fake_raw)  # [2B]
+        smoothing = 1 - args.true_label_min
+        true_label = args.true_label_min + smoothing * torch.rand_like(true_logit)
+        disc_loss = discriminator_loss(true_logit, fake_logit, keep, true_label)
+        return generator_loss(fake_logit, keep), disc_loss
+
+    def fake_pairs(self, obs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The policy's pairs at s [B, S] and at the s' that the model gives.
+
+        -> obs [2B, S], raw action [2B, A], and keep [2B], which is 0 for pairs that do not count.
+        The gradient reaches the policy through both actions.
+        """
+        raw = self.actor.raw_action(obs)
+        with torch.no_grad():  # s' is a constant
+            _, next_obs, terminated = self.imagine(obs, torch.tanh(raw))
+        next_raw = self.actor.raw_action(next_obs)
+        # Paper: all pairs. Code: without those at a terminal s'. Here: they stay, masked by `keep`:
+        # the same loss with fixed shapes.
+        keep = torch.cat([torch.ones_like(terminated), 1 - terminated])
+        return torch.cat([obs, next_obs]), torch.cat([raw, next_raw]), keep
+
+    def true_pairs(self, count: int) -> tuple[Tensor, Tensor]:
+        """Pairs of the data: obs [count, S], raw action [count, A]."""
+        data = self.sample_data(count)
+        # atanh is infinite at -1 and 1. Clamped like this it is at most 8.3 in fp32.
+        return data.obs, torch.atanh(data.action.clamp(-1 + 1e-7, 1 - 1e-7))
+
+    # --- steps and rollouts in the model ---
+
+    def imagine(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step in the model: reward [B], next_obs [B, S], terminated [B] (0 or 1)."""
+        reward, next_obs = self.elites.sample(obs, action)
+        # Paper: does not say. Code: the task's own rule of ending, of hopper, walker2d and pen, for
+        # example; halfcheetah and maze2d never end.
+        ended = known_termination(self.args.env_id, next_obs)
+        reward, terminated = self.end_outside_data(reward, next_obs, ended)
+        return reward, next_obs, terminated
+
+    def end_outside_data(
+        self, reward: Tensor, next_obs: Tensor, ended: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A step beyond obs_limit or reward_limit ends, too, and its reward becomes -reward_limit.
+
+        -> reward [B], terminated [B] (0 or 1)
+        """
+        # Paper: does not say. Code: this.
+        outside = (next_obs.abs() > self.obs_limit).any(-1) | (reward.abs() > self.reward_limit)
+        reward = torch.where(outside, -self.reward_limit, reward)
+        return reward, (outside | ended).float()
+
+    def rollout_action(self, obs: Tensor) -> Tensor:
+        """The policy's actions in rollouts: [B, S] -> [B, A]."""
+        # Paper: a ~ pi(s). Code: one action for all rows, by mistake. Here: a ~ pi(s).
+        return self.actor(obs)
+
+    @torch.no_grad()
+    def rollout(self) -> Scalars:
+        """Write `rollout_rows` transitions of the policy in the model to D_model, or a few more.
+
+        Rollouts start at states of the data and run side by side for `horizon` steps.
+        """
+        # Code: rollouts that end are not replaced; new batches run until there are `rollout_rows`
+        # rows or more. Here: one that ends is replaced at once, so every step writes as many rows.
+        args = self.args
+        count = math.ceil(args.rollout_rows / args.horizon)  # rollouts side by side
+        part = 2048 if self.device.type == "cpu" else count  # stays in a CPU's cache
+        all_terminated = []
+        for first in range(0, count, part):
+            obs = self.sample_data(min(part, count - first)).obs
+            for _ in range(args.horizon):
+                action = self.rollout_action(obs)
+                reward, next_obs, terminated = self.imagine(obs, action)
+                self.remember(Batch(obs, action, reward, next_obs, terminated))
+                restart = self.sample_data(len(obs)).obs
+                obs = torch.where(terminated[:, None] > 0, restart, next_obs)
+                all_terminated.append(terminated)
+        return {"rollout/terminated_frac": torch.cat(all_terminated).mean()}
+
+    # --- fitting the model ---
+
+    def fit_model(self, k: int, omega: Tensor, progress: Progress) -> Tensor:
+        """Fit the model (fit number k), its rows weighted by omega [N]. -> hold-out errors [M]
+
+        A refit goes on from the present weights and Adam's state, with new held-out rows. Every
+        member keeps the weights of its best epoch. The fit ends when for `model_patience` epochs
+        no member has improved by 1 %.
+        """
+        args = self.args
+        model = self.model
+        reseed(args.seed, "model", k)
+
+        # 1. Inputs [N', S + A] and targets [N', 1 + S] of the N' rows whose s' is known.
+        known = self.split(self.data[self.rows_with_next])
+        known_omega = omega[self.rows_with_next]
+        model.set_statistics(known)
+        inputs, targets = model.standardise(known)
+
+        held_out, train_rows = self.split_rows(len(inputs))
+
+        # 2. Epochs of steps. After each the held-out rows are judged.
+        step = functools.partial(self.model_step, inputs, targets, known_omega, train_rows)
+        step = capture(step, args)
+        # Not inf, because (inf - error) / inf is NaN.
+        best_error = torch.full((model.members,), 1e32, device=self.device)
+        best_layers = copy.deepcopy(model.layers.state_dict())
+        idle_epochs = 0
+        for epoch in range(args.model_max_epochs):
+            for _ in range(args.model_epoch_steps):
+                logs = step()
+            error = self.holdout_error(inputs, targets, known_omega, held_out)  # [M]
+            improved = (best_error - error) / best_error > 0.01  # [M]
+            best_error = torch.where(improved, error, best_error)
+            for name, tensor in model.layers.state_dict().items():
+                best_layers[name][improved] = tensor[improved]  # the first axis is the member
+            idle_epochs = 0 if improved.any() else idle_epochs + 1
+            looks = {"model/holdout_error": error.mean(), "model/idle_epochs": idle_epochs}
+            phase = f"model fit {k}, patience {args.model_patience} epochs"
+            progress(phase, epoch + 1, None, logs | looks)
+            if idle_epochs >= args.model_patience:
+                break
+        model.layers.load_state_dict(best_layers)  # the bounds of log_std stay at their last values
+        self.choose_elites(best_error)
+        return best_error
+
+    def split_rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """A random split of the numbers below `count`: rows held out, rows to train on."""
+        rows = torch.randperm(count, device=self.device)
+        held_count = min(count // 5, self.args.holdout_size)
+        return rows[:held_count], rows[held_count:]
+
+    def model_step(
+        self, inputs: Tensor, targets: Tensor, omega: Tensor, train_rows: Tensor
+    ) -> Scalars:
+        """One Adam step of all members, each on random rows of its own."""
+        args = self.args
+        model = self.model
+        shape = (model.members, args.model_batch_size)
+        rows = train_rows[torch.randint(len(train_rows), shape, device=self.device)]  # [M, B]
+        loss = self.fit_loss(inputs[rows], targets[rows], omega[rows])  # [M]
+        # As in PETS the learned bounds are pulled together by 0.01 times their gap in log variance,
+        # which is twice the gap in log_std.
+        gap = (model.max_log_std - model.min_log_std).sum()
+        self.model_optimizer.zero_grad()
+        (loss.sum() + 0.02 * gap).backward()
+        self.model_optimizer.step()
+        return {"model/train_nll": loss.detach().mean()}
+
+    def fit_loss(self, x: Tensor, y: Tensor, omega: Tensor) -> Tensor:
+        """What a fit minimises, of inputs x and targets y [M, B, ...] and omega [M, B]. -> [M]"""
+        mean, log_std = self.model(x)
+        return model_loss(mean, log_std, y, omega)
+
+    @torch.no_grad()
+    def holdout_error(self, inputs: Tensor, targets: Tensor, omega: Tensor, rows: Tensor) -> Tensor:
+        """`judge` on held-out rows, the same for every member, part by part. -> [M]"""
+        total = torch.zeros(self.model.members, device=self.device)
+        for part in rows.split(512):
+            x = inputs[part].expand(self.model.members, -1, -1)
+            error = self.judge(x, targets[part], omega[part])
+            total += error * len(part) / len(rows)
+        return total
+
+    def judge(self, x: Tensor, y: Tensor, omega: Tensor) -> Tensor:
+        """What stops a fit and chooses the elites: `model_error`, by default. -> [M]
+
+        Inputs x are [M, B, S + A], targets y [B, 1 + S], omega [B].
+        """
+        mean, _ = self.model(x)
+        return model_error(mean, y, omega)
+
+    @torch.no_grad()
+    def choose_elites(self, error: Tensor) -> None:
+        """Copy the `num_elites` members with the lowest hold-out error [M] to `elites`."""
+        best = error.argsort()[: self.args.num_elites]
+        state = self.model.state_dict()
+        for name in state:
+            if name.startswith("layers"):  # nothing else has an axis of members
+                state[name] = state[name][best]
+        self.elites.load_state_dict(state)
+
+    # --- omega ---
+
+    def fit_omega(self, k: int, progress: Progress) -> Tensor:
+        """Train omega before refit k of the model. -> omega / its mean, at every row [N]
+
+        Omega and Adam's state go on from the last time. Policy and critics stand still meanwhile,
+        so Q_1 of the data is computed once.
+        """
+        args = self.args
+        if self.initial_obs is None:
+            self.initial_obs = self.collect_initial_obs(progress)
+        q_data = self.over_data(lambda batch: self.critic.q1_only(batch.obs, batch.action))  # [N]
+        # omega_critic_target starts as a copy of critic_target and reaches the critic in a few
+        # hundred steps.
+        self.omega_critic_target.load_state_dict(self.critic_target.state_dict())
+        reseed(args.seed, "omega", k)
+        step = capture(functools.partial(self.omega_step, q_data), args)
+        for t in range(1, args.omega_steps + 1):
+            logs = step()
+            if t % 1000 == 0 or t == args.omega_steps:
+                progress(f"omega, training {k}", t, args.omega_steps, logs)
+        omega = self.over_data(lambda batch: self.omega(batch.obs, batch.action))  # [N]
+        # Paper: omega itself. Code: omega / its mean.
+        return omega / omega.mean()
+
+    def collect_initial_obs(self, progress: Progress) -> Tensor:
+        """Samples of mu_0: the first states of the data's episodes, or of new ones. -> [N0, S]
+
+        New ones are made by the simulator, as in the authors' code, which is not strictly offline.
+        """
+        if self.args.initial_states == "dataset":
+            return self.episode_starts.to(self.device)
+        count = self.args.num_initial_states
+        env = make_env(self.args.env_id)
+        env.reset(seed=self.args.seed)
+        states = []
+        while len(states) < count:
+            states.append(env.reset()[0])
+            if len(states) % 1000 == 0:
+                progress("initial states", len(states), count, {})
+        return torch.as_tensor(np.array(states, np.float32), device=self.device)
+
+    def omega_step(self, q_data: Tensor) -> Scalars:
+        """One step of omega; q_data [N] is Q_1 at every row of the data."""
+        args = self.args
+        rows = torch.randint(len(self.data), (args.omega_batch_size,), device=self.device)
+        batch = self.split(self.data[rows])
+        start = self.random_rows(self.initial_obs, args.omega_initial_batch_size)
+        with torch.no_grad():
+            q_next = self.omega_critic_target.q1_only(batch.next_obs, self.actor(batch.next_obs))
+            q_next = q_next * (1 - batch.terminated)  # nothing follows a terminal state
+            q_initial = self.omega_critic_target.q1_only(start, self.actor(start))
+            omega_target = self.omega_target(batch.obs, batch.action)
+        omega = self.omega(batch.obs, batch.action)
+        loss = omega_loss(omega, omega_target, q_data[rows], q_next, q_initial, args.gamma)
+        mean_omega = omega.mean()
+
+        # An Adam step on the gradient of the loss, adjusted and then clipped.
+        bound = args.omega_mean_bound
+        parameters = list(self.omega.parameters())
+        loss_grads = torch.autograd.grad(loss, parameters, retain_graph=True)
+        mean_grads = torch.autograd.grad(mean_omega, parameters)
+        mean_omega = mean_omega.detach()
+        for parameter, loss_grad, mean_grad in zip(parameters, loss_grads, mean_grads):
+            parameter.grad = constrain_mean(loss_grad, mean_grad, mean_omega, bound)
+        nn.utils.clip_grad_norm_(parameters, args.omega_grad_norm)
+        self.omega_optimizer.step()
+
+        polyak(self.omega_critic_target, self.critic, args.omega_tau)
+        polyak(self.omega_target, self.omega, args.omega_tau)
+        return {"losses/omega_loss": loss.detach(), "omega/batch_mean": mean_omega}
+
+    # --- acting ---
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """obs [L, n, S] -> actions [L, n, A] in [-1, 1]"""
-        # Paper: silent. Code: of ten samples the one with the largest min Q. Here: code.
+        """How the policy acts when it is evaluated: obs [n, S] -> actions [n, A] in [-1, 1].
+
+        Of `eval_candidates` sampled actions per state it takes the one with the largest value.
+        """
+        candidates = self.args.eval_candidates
         states = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
-        states = states.repeat_interleave(self.args.eval_candidates, 1)
-        action = torch.tanh(self.actor(states))
-        q = self.critic(states, action).amin(1).view(*obs.shape[:2], -1)
-        action = action.view(*q.shape, -1)  # [L, n, candidates, A]
-        best = q.argmax(-1)[..., None, None]
-        return action.take_along_dim(best, 2).squeeze(2).cpu().numpy()
+        states = states.repeat_interleave(candidates, 0)  # [n * candidates, S]
+        actions = self.actor(states)  # [n * candidates, A]
+        values = self.q_policy(states, actions).view(-1, candidates)  # [n, candidates]
+        best = values.argmax(1)  # [n]
+        actions = actions.view(len(obs), candidates, -1)[torch.arange(len(obs)), best]
+        return actions.cpu().numpy()
 
 
 # ===== 5. Training ================================================================================
-def train(args: Args, method: type = AMPL) -> dict:
-    """Algorithm 1: train args.num_seeds learners; return what result.json holds."""
-    dataset = load_dataset(args)
-    ampl = method(args, dataset["obs"].shape[1], dataset["action"].shape[1], choose_device(args))
+def check_args(args: Args) -> None:
+    """Stop on settings that make no sense or contradict each other. Raises SystemExit."""
+    check_ranges(args)
+    if args.warmup_iterations > args.total_iterations and not args.evaluate:
+        sys.exit("the warm-up is longer than the run: lower --warmup-iterations")
+    if args.num_elites > args.ensemble_size:
+        sys.exit("--num-elites is larger than --ensemble-size")
+    if args.rollout_rows > args.buffer_size:
+        sys.exit("--rollout-rows is larger than --buffer-size, which must hold them")
+
+
+def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None = None) -> dict:
+    """Algorithm 1, on the dataset that `args` name, or on D4RL's `arrays`. -> result.json
+
+    `method` is the class to train: AMPL, or one derived from it.
+    """
+    check_args(args)
+    dataset = load_dataset(args, arrays)
+    obs_dim = dataset["obs"].shape[1]
+    action_dim = dataset["action"].shape[1]
+    ampl = method(args, obs_dim, action_dim, choose_device(args))
     ampl.set_data(dataset)
-    run = Run(args, ampl, dataset["source"])
-    # Python's `if` cannot be a part of a CUDA graph: each kind of iteration is a step of its own.
-    kinds = [(warmup, step_actor) for warmup in (True, False) for step_actor in (True, False)]
-    step = {kind: capture(functools.partial(ampl.iterate, *kind), args) for kind in kinds}
+    run = Run(args, ampl, dataset["source"])  # it goes on from a checkpoint under --resume
+    iterate = capture(ampl.iterate, args)
     rollout = capture(ampl.rollout, args)
+
     if run.iteration == 0 and args.dynamics_from:
         load_model(ampl, Path(args.dynamics_from))
     elif run.iteration == 0:
-        error = ampl.fit_model(0, torch.ones_like(ampl.weight), run.log)  # Eq. (4)
+        unweighted = torch.ones(len(ampl.data), device=ampl.device)
+        error = ampl.fit_model(0, unweighted, run.progress)  # Eq. (4)
         save_model(ampl, error, run.folder)
-    for i in run.iterations():  # which also logs, evaluates and saves
+
+    logs = {}
+    rollout_logs = {}
+    while run.iteration < args.total_iterations:
+        i = run.iteration
         if i > 0 and i % args.model_retrain_every == 0:
-            run.save_checkpoint()  # more than an hour of one CPU core may follow
-            ampl.retrain(i // args.model_retrain_every, run.log)  # Eq. (11), (6)
-            np.save(run.folder / f"weight{i}.npy", ampl.weight.cpu())  # for the paper's Figure 2
-        if i % args.rollout_every == 0:  # Paper: in every iteration. Code: every 250. Here: code.
-            reseed(args.seed, "rollout", i)
-            run.logs |= rollout()  # D_model
+            run.save_checkpoint()  # what follows takes long
+            k = i // args.model_retrain_every
+            omega = ampl.fit_omega(k, run.progress)  # Eq. (11)
+            ampl.fit_model(k, omega, run.progress)  # Eq. (6)
+            np.save(run.folder / f"omega{i}.npy", omega.cpu())  # for the paper's Figure 2
+        if i % args.rollout_every == 0:  # Paper: every iteration. Code: every 250.
+            reseed(args.seed, "rollout", i)  # rollouts and iterations draw apart
+            rollout_logs = rollout()  # into D_model
             reseed(args.seed, "iterations", i)
-        if real_count(i, args) != real_count(i - 1, args):
-            ampl.real_rows.fill_(real_count(i, args))
-        warmup, step_actor = i < args.warmup_iterations, i % args.policy_frequency == 0
-        run.logs |= step[warmup, step_actor]()  # Eq. (12)-(17)
+        ampl.num_real.fill_(real_rows(i, args))
+        warmup = i < args.warmup_iterations
+        step_actor = i % args.policy_frequency == 0  # Paper: every iteration. Code: every second.
+        logs |= iterate(warmup, step_actor)  # Eq. (12)-(17)
+
+        run.advance()  # from here on run.iteration counts this one, too
+        last = run.iteration == args.total_iterations
+        save_now = last or run.iteration % args.checkpoint_every == 0
+        if run.iteration % args.log_every == 0 or save_now:
+            run.log("training", logs | rollout_logs)  # stops at NaN, before a file could hold it
+        if run.iteration % args.eval_every == 0 or last:
+            run.add_to_curve()
+        if save_now:
+            run.save_checkpoint()
     return run.finish()
 
 
 def main(settings: type = Args, method: type = AMPL) -> None:
-    """The command line. Mistakes end in one sentence on stderr and a non-zero exit status."""
+    """The command line: train, or with --evaluate only score the policy of a finished run."""
     args = parse_args(settings)
     if args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        report(policy, args, evaluate(policy, args, args.final_episodes, 0), Path(args.evaluate))
+        scores = evaluate(policy, args, args.final_episodes, 0)
+        report(policy, args, scores, Path(args.evaluate))
     else:
         train(args, method)
 
 
-# ===== Appendix, the same in ampl.py, mopo.py and combo.py: what follows may be skipped ===========
+# ===== Appendix, the same in ampl.py, mopo.py and combo.py: may be skipped ========================
+# Nothing here is part of the method. The sections stand about in the order in which a run meets
+# them:
+#   A. command line      the settings of the run
+#   B. data              a file of D4RL or of Minari, as transitions
+#   C. environments      D4RL's tasks, their rules of ending and their reference scores
+#   D. device            the GPU or the CPU, CUDA graphs, seeds
+#   E. evaluation        scores of a policy, and an episode as a moving picture
+#   F. the run's folder  what a run writes, and how --resume and --evaluate read it
+# The method uses above all:
+#   load_dataset         the transitions of a D4RL or Minari file, checked
+#   make_env             the simulator of a task
+#   known_termination    a task's own rule of ending
+#   reseed               a seed for each phase, so that no phase shifts the draws of another
+#   capture              on a GPU, a step recorded as a CUDA graph; on a CPU, the step itself
+#   Run                  a run's folder: progress, logs, evaluations, checkpoints
+
+
+# ===== A. Command line ============================================================================
+# A setting is what its flag says, else what a derived class of settings says, else what the task's
+# row of `PAPER` says, else what `Args` says.
+# --resume and --evaluate start from the settings of a saved run, and let only a few flags be new.
+NEW_WITH_RESUME = ("total_iterations",)
+NEW_WITH_EVALUATE = ("seed", "eval_episodes", "final_episodes", "async_envs", "capture_video")
+
+
 def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
-    """Two passes: the first finds the task or the run whose settings the second starts from."""
-    about = "\n\n".join((sys.modules[settings.__module__].__doc__ or "").split("\n\n")[:2])
-    for field in dataclasses.fields(settings):
-        if field.name.startswith(getattr(settings, "without", ())):  # an ablation's: not taken
-            settings.__annotations__[field.name] = tyro.conf.Fixed[field.type]
+    """The settings that a command line asks for. Raises SystemExit where it has a mistake.
+
+    The command line is read twice. A first look finds the task, or the saved run; the defaults
+    of the second look are the settings of that task or run, so that --help shows them.
+    """
+    hide_unused_flags(settings)
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
-    default = settings(**dict(zip(PAPER_FLAGS, PAPER.get(first.env_id, ()))), env_id=first.env_id)
-    mode, new = "resume", ["total_iterations"]  # which flags may be new
-    if first.resume is None:
-        mode, new = "evaluate", "seed eval_episodes final_episodes async_envs capture_video".split()
-    if (run := getattr(first, mode)) is not None:
-        default = dataclasses.replace(load_args(run, settings), **{mode: run})
-    given = dict(args=argv, default=default, config=(tyro.conf.SuppressFixed,))
-    args = tyro.cli(settings, description=about, **given)
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if run is not None and name not in new and value != getattr(default, name):
-            sys.exit(f"--{mode} takes {flag} from the run: leave that flag out")
-        least = int(name not in ("seed", "warmup_iterations", "threads"))
-        if type(value) is int and value < least:
-            sys.exit(f"{flag} must be at least {least}")
+    if first.resume is not None:
+        default = dataclasses.replace(load_args(first.resume, settings), resume=first.resume)
+    elif first.evaluate is not None:
+        default = dataclasses.replace(load_args(first.evaluate, settings), evaluate=first.evaluate)
+    else:
+        default = task_args(first.env_id, settings)
+
+    module_docstring = sys.modules[settings.__module__].__doc__ or ""
+    args = tyro.cli(
+        settings,
+        args=argv,
+        default=default,
+        description="\n\n".join(module_docstring.split("\n\n")[:2]),
+        config=(tyro.conf.SuppressFixed,),
+    )
+    if first.resume is not None:
+        refuse_new_flags("--resume", args, default, NEW_WITH_RESUME)
+    elif first.evaluate is not None:
+        refuse_new_flags("--evaluate", args, default, NEW_WITH_EVALUATE)
     if args.track and importlib.util.find_spec("wandb") is None:
         sys.exit("--track needs Weights and Biases: pip install wandb")
     check_args(args)
     return args
 
 
-# --- data: what `import d4rl` would give, without mujoco_py ---
+def task_args(env_id: str, settings: type = Args, **flags) -> Args:
+    """Settings of a task: `flags`, else a derived class's own, else PAPER's, else `Args`'s."""
+    chosen = {"env_id": env_id}
+    for name, value in zip(PAPER_FLAGS, PAPER.get(env_id, ())):
+        if getattr(settings, name) == getattr(Args, name):  # no default of the derived class's own
+            chosen[name] = value
+    chosen.update(flags)
+    return settings(**chosen)
+
+
+def check_ranges(args: Args) -> None:
+    """Stop where a number is outside the range that its type names. Raises SystemExit."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if get_origin(kind) is tuple:  # of numbers, which all have the type of the first
+            kind = get_args(kind)[0]
+            values = value
+        else:
+            values = [value]
+        limits = [extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Range)]
+        for limit in limits:
+            for number in values:
+                check_number("--" + name.replace("_", "-"), number, kind.__origin__, limit)
+
+
+def check_number(flag: str, number: float, kind: type, limit: Range) -> None:
+    """Stop unless it is a finite number of this kind, within its limit. Raises SystemExit."""
+    if kind is int:
+        right_kind = isinstance(number, int) and not isinstance(number, bool)
+        name = "a whole number"
+    else:
+        right_kind = isinstance(number, (int, float)) and math.isfinite(number)
+        name = "a number"
+    if not right_kind:
+        sys.exit(f"{flag} is {number}, but must be {name}")
+    too_low = number < limit.low or (number == limit.low and not limit.low_is_allowed)
+    if too_low or number > limit.high:
+        least = "at least" if limit.low_is_allowed else "above"
+        most = "" if limit.high == math.inf else f" and at most {limit.high:g}"
+        sys.exit(f"{flag} is {number}, but must be {least} {limit.low:g}{most}")
+
+
+def note_changes(args: Args) -> None:
+    """Say in which settings of `PAPER` the run differs from the task's row."""
+    changes = []
+    for name, value in zip(PAPER_FLAGS, PAPER.get(args.env_id, ())):
+        if getattr(args, name) != value:
+            changes.append(f"{name} is {getattr(args, name)} and not {value}")
+    if changes:
+        print(f"note: unlike PAPER's row of {args.env_id}, " + ", ".join(changes))
+
+
+def hide_unused_flags(settings: type) -> None:
+    """Take away the flags that a variant of the method has no use for.
+
+    The variant's class of settings names them in `without`, by how the names of fields begin.
+    """
+    unused = getattr(settings, "without", ())
+    for field in dataclasses.fields(settings):
+        if field.name.startswith(unused):
+            settings.__annotations__[field.name] = tyro.conf.Fixed[field.type]
+
+
+def refuse_new_flags(mode: str, args: Args, saved: Args, may_be_new: tuple[str, ...]) -> None:
+    """Beside --resume or --evaluate (`mode`) most settings are those of the saved run."""
+    for name, value in vars(args).items():
+        if name not in may_be_new and value != getattr(saved, name):
+            flag = "--" + name.replace("_", "-")
+            sys.exit(f"{mode} takes {flag} from the run: leave that flag out")
+
+
+# ===== B. Data ====================================================================================
+# A dataset is found, read, checked and turned into transitions, each by functions of its own. It is
+# a file of D4RL, or one of Minari that is brought into D4RL's form: arrays with a row per step.
+def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dict:
+    """The dataset that `args` name, or D4RL's `arrays`, as N transitions. Raises SystemExit.
+
+        obs          [N, S]
+        action       [N, A]   in [-1, 1]
+        reward       [N]
+        next_obs     [N, S]
+        terminated   [N]      did the task end here? (A time limit is no end.)
+        has_next     [N]      is next_obs truly the state that followed?
+        next_row     [N]      the number of the transition that followed, or -1
+        starts       [E, S]   the first states of all E episodes
+        source       a dict   which data this is, and its mean score, for result.json
+
+    All tensors are on the CPU. The example above `to_transitions` explains the last three of them.
+    """
+    env = make_env(args.env_id)  # comes first, so that a mistyped id costs no download
+    path = find_dataset(args) if arrays is None else Path("arrays")
+    try:
+        if arrays is None:
+            raw = read_hdf5(path)
+            content = path.read_bytes()
+        else:
+            raw = dict(arrays)
+            content = b"".join(np.ascontiguousarray(raw[key]).tobytes() for key in sorted(raw))
+        check_arrays(path, raw, env)
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        sys.exit(f"{path} is missing, cut or no D4RL file ({reason})")
+    check_episodes(path, raw)
+    source = {
+        "dataset": str(path),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "rows": len(raw["rewards"]),
+        "data_score": describe(path, raw, args.env_id),
+    }
+    return to_transitions(raw) | {"source": source}
+
+
+# ----- find -----
 @functools.cache
 def d4rl_tables() -> dict[str, dict]:
-    """DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE of the installed d4rl, which is not imported."""
-    if not (spec := importlib.util.find_spec("d4rl")):
+    """DATASET_URLS, REF_MIN_SCORE and REF_MAX_SCORE of the installed package d4rl, by task.
+
+    `import d4rl` would need mujoco_py, so the one file that holds the tables is run by itself.
+    """
+    package = importlib.util.find_spec("d4rl")
+    if package is None:
         sys.exit("d4rl's tables are missing: pip install --no-deps d4rl==1.1")
-    return runpy.run_path(os.path.join(spec.submodule_search_locations[0], "infos.py"))
-
-
-def d4rl_score(env_id: str, returns: np.ndarray) -> np.ndarray:
-    """100 * (return - min) / (max - min) per episode, D4RL's references; raw returns without."""
-    low = d4rl_tables()["REF_MIN_SCORE"].get(env_id, 0.0)
-    high = d4rl_tables()["REF_MAX_SCORE"].get(env_id, 100.0)
-    return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
+    return runpy.run_path(os.path.join(package.submodule_search_locations[0], "infos.py"))
 
 
 def find_dataset(args: Args) -> Path:
-    """--dataset-path, else D4RL's folder, else a download into it."""
+    """--dataset-path, else the task's file in D4RL's folder, else a download into that folder."""
+    if args.dataset_path:
+        return Path(args.dataset_path)
     url = d4rl_tables()["DATASET_URLS"].get(args.env_id)
-    name = (url or f"{args.env_id}.hdf5").rsplit("/", 1)[-1]
+    name = f"{args.env_id}.hdf5" if url is None else url.rsplit("/", 1)[-1]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    path, part = Path(args.dataset_path or folder / name), folder / f"{name}.{os.getpid()}.part"
-    if args.dataset_path or path.exists():
+    path = folder / name
+    if path.exists():
         return path
     if url is None:
         sys.exit(f"{args.env_id} is no D4RL dataset: name an HDF5 file with --dataset-path")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(part))
-        h5py.File(part).close()  # raises on a cut file or a login page
-        os.replace(part, path)
-    except Exception as error:  # the net, the disk and HDF5 each have their own
-        part.unlink(missing_ok=True)
-        minari = "D4RL/" + args.env_id.replace("-", "/", 1).rsplit("-", 1)[0] + "-v2"
-        way = f"minari download {minari}: ~/.minari/datasets/{minari}/data/main_data.hdf5"
-        if not args.env_id.startswith(("pen", "door", "hammer", "relocate")):
-            way = "collect.py makes one anew (Minari's sets of this name are other data)"
-        sys.exit(f"no {args.env_id} data ({error}): put {url} at {path}, or --dataset-path; {way}")
+    download(url, path, args.env_id)
     return path
 
 
+def download(url: str, path: Path, env_id: str) -> None:
+    """Fetch D4RL's file. Only a whole HDF5 file gets the name `path`; a failure leaves nothing."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another run may fetch it as well
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(part))
+        h5py.File(part).close()  # raises where the file is cut, or is a page that asks to log in
+        os.replace(part, path)
+    except Exception as error:  # the network, the disk and HDF5 raise errors of their own
+        part.unlink(missing_ok=True)
+        way = other_source(env_id)
+        sys.exit(f"no {env_id} data ({error}): put {url} at {path}, or --dataset-path; {way}")
+
+
+def other_source(env_id: str) -> str:
+    """Where a user gets the data of a D4RL task if D4RL's own server does not answer."""
+    if family_of(env_id) not in ADROIT:
+        return "collect.py makes one anew (Minari's sets of this name are other data)"
+    name = env_id.rsplit("-", 1)[0].replace("-", "/", 1)  # pen-human-v1 -> pen/human
+    minari = f"D4RL/{name}-v2"
+    return f"minari download {minari}: ~/.minari/datasets/{minari}/data/main_data.hdf5"
+
+
+# ----- read -----
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """D4RL's arrays by key; Minari's main_data.hdf5 in the same form."""
+    """The arrays of a file of D4RL or Minari, by D4RL's keys: observations, actions, ..."""
     with h5py.File(path) as file:
-        if "episode_0" not in file:
-            if "note" in file.attrs:  # of collect.py: what this is and is not
-                print(file.attrs["note"])
-            return {key: file[key][()] for key in file if isinstance(file[key], h5py.Dataset)}
-        episodes = [file[f"episode_{i}"] for i in range(len(file))]
-        if isinstance(episodes[0]["observations"], h5py.Group):
-            sys.exit(f"{path}: observations that are dictionaries do not work here")
-        names = {"terminals": "terminations", "actions": "actions", "rewards": "rewards"}
-        raw = {key: np.concatenate([e[name][()] for e in episodes]) for key, name in names.items()}
-        last = np.cumsum([len(e["rewards"]) for e in episodes]) - 1  # a group is an episode
-        raw["timeouts"] = np.isin(np.arange(last[-1] + 1), last) & ~raw["terminals"]
-        raw["observations"] = np.concatenate([e["observations"][:-1] for e in episodes])
-        raw["next_observations"] = np.concatenate([e["observations"][1:] for e in episodes])
-        return raw
+        if "episode_0" in file:
+            return read_minari(path, file)
+        if "note" in file.attrs:  # collect.py writes there what its datasets are and are not
+            print(file.attrs["note"])
+        # The groups beside the arrays ("infos", "metadata") are not needed.
+        return {key: file[key][()] for key in file if isinstance(file[key], h5py.Dataset)}
 
 
+def read_minari(path: Path, file: h5py.File) -> dict[str, np.ndarray]:
+    """Minari's episodes, which are groups of the file, end to end under D4RL's keys.
+
+    An episode of T steps has T + 1 observations, so that s' is known for every step.
+    """
+    episodes = [file[f"episode_{i}"] for i in range(len(file))]
+    if isinstance(episodes[0]["observations"], h5py.Group):
+        sys.exit(f"{path}: observations that are dictionaries do not work here")
+    raw = {
+        "observations": np.concatenate([episode["observations"][:-1] for episode in episodes]),
+        "next_observations": np.concatenate([episode["observations"][1:] for episode in episodes]),
+        "actions": np.concatenate([episode["actions"][()] for episode in episodes]),
+        "rewards": np.concatenate([episode["rewards"][()] for episode in episodes]),
+        "terminals": np.concatenate([episode["terminations"][()] for episode in episodes]),
+    }
+    # A group's last step ends its episode, also where the flags of the file do not say so.
+    is_last = np.zeros(len(raw["rewards"]), bool)
+    end = 0
+    for episode in episodes:
+        end += len(episode["rewards"])
+        is_last[end - 1 : end] = True
+    raw["timeouts"] = is_last & ~raw["terminals"]
+    return raw
+
+
+# ----- check -----
 def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> None:
-    """Refuse what is odd; in place: to float32, actions to [-1, 1], flags of ends to bool."""
-    seen, box = env.observation_space.shape, env.unwrapped.action_space
-    shapes = {"observations": seen, "next_observations": seen, "actions": box.shape, "rewards": ()}
-    for key in sorted(shapes.keys() - ({"next_observations"} - raw.keys())):
-        shape = (len(raw["rewards"]), *shapes[key])
+    """Refuse arrays that cannot be the task's, and give the others one form, in place.
+
+    Afterwards numbers are float32, actions are in [-1, 1], and terminals and timeouts are bool.
+    """
+    # The task's own bounds of actions; `env` itself takes them from [-1, 1] already.
+    action_space = env.unwrapped.action_space
+    size = len(raw["rewards"])
+    shapes = {
+        "actions": (size, *action_space.shape),
+        "observations": (size, *env.observation_space.shape),
+        "rewards": (size,),
+    }
+    if "next_observations" in raw:
+        shapes["next_observations"] = shapes["observations"]
+    for key, shape in shapes.items():
         if raw[key].shape != shape:
             sys.exit(f"{path}: {key} are {raw[key].shape} and not {shape}: of another task?")
         raw[key] = raw[key].astype(np.float32)
         if not np.isfinite(raw[key]).all():
             row = np.argwhere(~np.isfinite(raw[key]))[0][0]
             sys.exit(f"{path}: {key} holds NaN or infinity, first in row {row}")
-    action = raw["actions"]
+    raw["actions"] = unit_actions(path, raw["actions"], action_space)
+
+    terminals = raw.get("terminals", np.zeros(size, bool))
+    raw["terminals"] = terminals.astype(bool).reshape(size)
+    if "timeouts" in raw:
+        raw["timeouts"] = raw["timeouts"].astype(bool).reshape(size)
+    else:
+        limit = env.get_wrapper_attr("_max_episode_steps")
+        raw["timeouts"] = timeouts_by_counting(raw["terminals"], limit)
+
+
+def unit_actions(path: Path, action: np.ndarray, box: gymnasium.spaces.Box) -> np.ndarray:
+    """Actions [rows, A] of the given bounds, scaled to [-1, 1]. A rounding error is cut off."""
     outside = ((action < box.low - 1e-3) | (action > box.high + 1e-3)).any(1)
     if outside.any():
         sys.exit(f"{path}: the action in row {outside.argmax()} leaves the action space")
-    scaled = (action.clip(box.low, box.high) - (box.high + box.low) / 2) / (box.high - box.low) * 2
-    raw["actions"] = scaled.astype(np.float32)  # exactly as stored where the bounds are -1 and 1
-    rows = np.arange(len(action))
-    raw["terminals"] = raw.get("terminals", 0 * rows).astype(bool).reshape(rows.shape)
-    if "timeouts" not in raw:  # then episodes end after as many steps as the task has
-        begins = np.concatenate([[True], raw["terminals"][:-1]])
-        step = 1 + rows - np.maximum.accumulate(np.where(begins, rows, 0))
-        limit = env.get_wrapper_attr("_max_episode_steps")
-        raw["timeouts"] = (step % limit == 0) & ~raw["terminals"]
-    raw["timeouts"] = raw["timeouts"].astype(bool).reshape(rows.shape)
+    # Where the bounds are -1 and 1, as in all of D4RL, this gives exactly what is stored.
+    middle = (box.high + box.low) / 2
+    scaled = (action.clip(box.low, box.high) - middle) / (box.high - box.low) * 2
+    return scaled.astype(np.float32)
 
 
-def load_dataset(args: Args) -> dict:
-    """Transitions [N, ...] on the CPU, checked; rows at time limits are dropped, as in D4RL.
-    has_next [N]: is s' known? (After a terminal stands the next episode's first state; AMPL's and
-    MOPO's code take it.) next_row [N]: that of (s', a'), or -1. starts [episodes, S]. source: dict.
+def timeouts_by_counting(terminals: np.ndarray, limit: int) -> np.ndarray:
+    """For a file that does not tell: episodes are over after as many steps as the task has.
+
+    A terminal [rows] ends an episode as well, and is no timeout even where it is the last step.
     """
-    env, path = make_env(args.env_id), find_dataset(args)  # a wrong id is told first
-    try:
-        raw = read_hdf5(path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        check_arrays(path, raw, env)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        sys.exit(f"{path} is missing, cut or no D4RL file ({' '.join(str(error).split())})")
-    obs, size = raw["observations"], len(raw["rewards"])
-    terminated, timeout = raw["terminals"], raw["timeouts"]
-    ended, keep, stored = terminated | timeout, ~timeout, raw.get("next_observations")
-    if ended.sum() < 2 or keep.sum() < 4:
+    timeouts = np.zeros(len(terminals), bool)
+    steps = 0
+    for row, terminal in enumerate(terminals.tolist()):
+        steps += 1
+        if terminal:
+            steps = 0
+        elif steps == limit:
+            timeouts[row] = True
+            steps = 0
+    return timeouts
+
+
+def check_episodes(path: Path, raw: dict[str, np.ndarray]) -> None:
+    """Refuse a dataset without episodes that end, or with hardly a transition."""
+    ended = raw["terminals"] | raw["timeouts"]
+    usable = ~raw["timeouts"]
+    if ended.sum() < 2 or usable.sum() < 4:
         sys.exit(f"{path}: it needs at least two episodes that end, and four rows not at a limit")
-    returns = np.diff(np.cumsum(raw["rewards"], dtype=np.float64)[ended], prepend=0.0)
-    score = float(d4rl_score(args.env_id, returns).mean())
-    if terminated.any() and not args.env_id.lower().startswith(("hopper", "walker", "ant", "pen")):
+
+
+def describe(path: Path, raw: dict[str, np.ndarray], env_id: str) -> float:
+    """Print what the dataset is. -> the mean score of its whole episodes"""
+    ends = np.flatnonzero(raw["terminals"] | raw["timeouts"])
+    # The last piece is no whole episode: it has the rows after the last end, if there are any.
+    episodes = np.split(raw["rewards"], ends + 1)[:-1]
+    returns = np.array([rewards.sum(dtype=np.float64) for rewards in episodes])
+    score = float(d4rl_score(env_id, returns).mean())
+    if raw["terminals"].any() and family_of(env_id) not in ENDS:
         print("note: this task's rule of ending is unknown: rollouts end only far outside the data")
+    size = len(raw["rewards"])
     print(f"{path}: {size} rows, {len(returns)} whole episodes with a mean score of {score:.1f}")
-    follows = ~ended & (np.arange(size) + 1 < size)  # the next row goes on with this episode
-    if stored is None:
-        keep[-1] &= terminated[-1]  # a cut tail: its last row has no s'
-        stored = np.where(follows[:, None], np.roll(obs, -1, 0), obs)
-    next_row = np.where(follows & np.roll(keep, -1), np.roll(np.cumsum(keep) - 1, -1), -1)
-    has_next = np.ones(size, bool) if "next_observations" in raw else ~terminated
-    rows = dict(obs=obs, action=raw["actions"], reward=raw["rewards"], next_obs=stored)
-    rows |= dict(terminated=terminated, has_next=has_next, next_row=next_row)
-    rows = {key: torch.from_numpy(value[keep]) for key, value in rows.items()}
-    rows["starts"] = torch.from_numpy(obs[np.concatenate([[True], ended[:-1]])])
-    return rows | {"source": dict(dataset=str(path), sha256=sha256, rows=size, data_score=score)}
+    return score
 
 
-# D4RL family: gymnasium id, D4RL's time limit, where palm minus object stands in an observation.
+# ----- to transitions -----
+# Six rows as an example. The first episode, a b c, ends in a terminal; the second, d e, ends at a
+# time limit; the third is cut after f, because D4RL's files end at a round number of rows.
+#
+#     row of the file    0    1    2    3    4    5
+#     observations       a    b    c    d    e    f
+#     terminals          -    -    yes  -    -    -
+#     timeouts           -    -    -    -    yes  -
+#
+# Rows 0 to 3 become transitions. Row 4 is dropped, as in D4RL's own loader, which drops every row
+# at a time limit. Row 5 is dropped because its s' is not stored. That of row 2 is not stored
+# either (D4RL's loader takes d), but nothing bootstraps from a terminal state, so the row stays.
+#
+#     transition         0    1    2    3
+#     obs                a    b    c    d
+#     next_obs           b    c    c    e    (c stands in for the s' of row 2)
+#     terminated         -    -    yes  -
+#     has_next           yes  yes  -    yes  (is next_obs truly s'?)
+#     next_row           1    2    -1   -1   (the transition of (s', a'); row 4 became none)
+#     starts             a    d    f         (the first observation of each episode)
+#
+# In a file with the key next_observations every row has its s'. Then has_next is true everywhere,
+# and row 5 is a transition, too. A row with both flags counts as a row at a time limit.
+def to_transitions(raw: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Checked arrays [rows, ...] -> tensors [N, ...], as in the example above."""
+    obs = raw["observations"]
+    terminated = raw["terminals"]
+    ended = terminated | raw["timeouts"]
+    size = len(obs)
+    # The rows whose episode goes on in the row after them. The file's last row has none after it.
+    going_on = np.flatnonzero(~ended[:-1])
+
+    keep = ~raw["timeouts"]
+    if "next_observations" in raw:
+        next_obs = raw["next_observations"]
+        has_next = np.ones(size, bool)
+    else:
+        next_obs = obs.copy()
+        next_obs[going_on] = obs[going_on + 1]
+        has_next = ~terminated
+        if not terminated[-1]:
+            keep[-1] = False  # nothing stands after it that could be its s'
+
+    transition = np.full(size, -1)  # what becomes of each row: in the example 0 1 2 3 -1 -1
+    transition[keep] = np.arange(keep.sum())
+    next_row = np.full(size, -1)
+    next_row[going_on] = transition[going_on + 1]
+
+    is_start = np.ones(size, bool)
+    is_start[1:] = ended[:-1]
+
+    columns = {
+        "obs": obs,
+        "action": raw["actions"],
+        "reward": raw["rewards"],
+        "next_obs": next_obs,
+        "terminated": terminated,
+        "has_next": has_next,
+        "next_row": next_row,
+    }
+    data = {key: torch.from_numpy(column[keep]) for key, column in columns.items()}
+    data["starts"] = torch.from_numpy(obs[is_start])
+    return data
+
+
+# ===== C. Environments ============================================================================
+# D4RL's tasks run on gymnasium's simulators, changed where those are not what D4RL had. Any other
+# environment that is registered with gymnasium works as well, and may enter rules in the tables.
+def family_of(env_id: str) -> str:
+    """The first word of an id: hopper of hopper-medium-v2 and of Hopper-v4."""
+    return env_id.split("-")[0].lower()
+
+
+# Families of D4RL that gymnasium and gymnasium-robotics simulate: the id there, and D4RL's time
+# limit in steps.
 SIMULATORS = {
-    "hopper": ("Hopper-v4", 1000, None),
-    "halfcheetah": ("HalfCheetah-v4", 1000, None),
-    "walker2d": ("Walker2d-v4", 1000, None),
-    "pen": ("AdroitHandPen-v1", 100, None),
-    "door": ("AdroitHandDoor-v1", 200, lambda obs: obs[35:38]),
-    "hammer": ("AdroitHandHammer-v1", 200, lambda obs: obs[33:36] - obs[36:39]),
-    "relocate": ("AdroitHandRelocate-v1", 200, lambda obs: obs[30:33]),
+    "hopper": ("Hopper-v4", 1000),
+    "halfcheetah": ("HalfCheetah-v4", 1000),
+    "walker2d": ("Walker2d-v4", 1000),
+    "pen": ("AdroitHandPen-v1", 100),
+    "door": ("AdroitHandDoor-v1", 200),
+    "hammer": ("AdroitHandHammer-v1", 200),
+    "relocate": ("AdroitHandRelocate-v1", 200),
 }
-# D4RL's layouts: '#' wall, 'O' open, 'G' the goal cell. Row i and column j are x and y.
+ADROIT = ("pen", "door", "hammer", "relocate")
+PEN_DROPPED = 0.075  # m, the height of the pen below which it has fallen from the hand
+# Where an observation has the way from the palm to the object that it reaches for, in m.
+REACH = {
+    "door": lambda obs: obs[35:38],
+    "hammer": lambda obs: obs[33:36] - obs[36:39],
+    "relocate": lambda obs: obs[30:33],
+}
+# D4RL's mazes: '#' is wall, 'O' is open, 'G' is the open cell with the goal. The line is x, the
+# place in the line is y.
 MAZES = {
-    "open": "#######/#OOOOO#/#OOGOO#/#OOOOO#/#######",
-    "umaze": "#####/#GOO#/###O#/#OOO#/#####", "eval-umaze": "#####/#OOG#/#O###/#OOO#/#####",
-    "medium": "########/#OO##OO#/#OO#OOO#/##OOO###/#OO#OOO#/#O#OO#O#/#OOO#OG#/########",
-    "large": "############/#OOOO#OOOOO#/#O##O#O#O#O#/#OOOOOO#OOO#/#O####O###O#/"
-    "#OO#O#OOOOO#/##O#O#O#O###/#OO#OOO#OGO#/############",
-    "eval-medium": "########/#OOOOOG#/#O#O##O#/#OOOO#O#/###OO###/#OOOOOO#/#OO##OO#/########",
-    "eval-large": "############/#OO#OOO#OGO#/##O###O#O#O#/#OO#O#OOOOO#/#O##O#OO##O#/"
-    "#OOOOOO#OOO#/#O##O#O#O###/#OOOO#OOOOO#/############",
-}  # fmt: skip
-MAZE_LIMITS = {"open": 150, "umaze": 300, "medium": 600, "large": 800}
+    "open": (
+        "#######",
+        "#OOOOO#",
+        "#OOGOO#",
+        "#OOOOO#",
+        "#######",
+    ),
+    "umaze": (
+        "#####",
+        "#GOO#",
+        "###O#",
+        "#OOO#",
+        "#####",
+    ),
+    "eval-umaze": (
+        "#####",
+        "#OOG#",
+        "#O###",
+        "#OOO#",
+        "#####",
+    ),
+    "medium": (
+        "########",
+        "#OO##OO#",
+        "#OO#OOO#",
+        "##OOO###",
+        "#OO#OOO#",
+        "#O#OO#O#",
+        "#OOO#OG#",
+        "########",
+    ),
+    "eval-medium": (
+        "########",
+        "#OOOOOG#",
+        "#O#O##O#",
+        "#OOOO#O#",
+        "###OO###",
+        "#OOOOOO#",
+        "#OO##OO#",
+        "########",
+    ),
+    "large": (
+        "############",
+        "#OOOO#OOOOO#",
+        "#O##O#O#O#O#",
+        "#OOOOOO#OOO#",
+        "#O####O###O#",
+        "#OO#O#OOOOO#",
+        "##O#O#O#O###",
+        "#OO#OOO#OGO#",
+        "############",
+    ),
+    "eval-large": (
+        "############",
+        "#OO#OOO#OGO#",
+        "##O###O#O#O#",
+        "#OO#O#OOOOO#",
+        "#O##O#OO##O#",
+        "#OOOOOO#OOO#",
+        "#O##O#O#O###",
+        "#OOOO#OOOOO#",
+        "############",
+    ),
+}
+MAZE_LIMITS = {"open": 150, "umaze": 300, "medium": 600, "large": 800}  # steps, eval- or not
 
 
-def known_termination(env_id: str, s: Tensor) -> Tensor:
-    """The task's own rule, on next observations [..., S] -> bool [...]."""
-    family = env_id.split("-")[0].lower()
-    if family == "hopper":
-        sane = s.isfinite().all(-1) & (s[..., 1:].abs() < 100).all(-1)
-        return ~(sane & (s[..., 0] > 0.7) & (s[..., 1].abs() < 0.2))
-    if family == "walker2d":
-        return ~((s[..., 0] > 0.8) & (s[..., 0] < 2.0) & (s[..., 1].abs() < 1.0))
-    if family == "ant":  # heights in m, from gymnasium's Ant
-        return ~(s.isfinite().all(-1) & (s[..., 0] >= 0.2) & (s[..., 0] <= 1.0))
-    if family == "pen":  # height of the pen in m
-        return s[..., 26] < 0.075
-    return torch.zeros_like(s[..., 0], dtype=torch.bool)  # halfcheetah, maze2d, other Adroit: never
+# ----- rules of ending -----
+def hopper_ends(next_obs: Tensor) -> Tensor:
+    """The hopper has fallen or leans over, or a number is out of range."""
+    in_range = next_obs.isfinite().all(-1) & (next_obs[..., 1:].abs() < 100).all(-1)
+    upright = (next_obs[..., 0] > 0.7) & (next_obs[..., 1].abs() < 0.2)  # m, rad
+    return ~(in_range & upright)
+
+
+def walker2d_ends(next_obs: Tensor) -> Tensor:
+    """The walker has fallen or jumped too high, or leans over."""
+    height = next_obs[..., 0]  # m
+    angle = next_obs[..., 1]  # rad
+    return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
+
+
+def ant_ends(next_obs: Tensor) -> Tensor:
+    """The torso has left the heights that gymnasium's Ant allows."""
+    height = next_obs[..., 0]  # m
+    return ~(next_obs.isfinite().all(-1) & (height >= 0.2) & (height <= 1.0))
+
+
+def pen_ends(next_obs: Tensor) -> Tensor:
+    """The hand has dropped the pen."""
+    return next_obs[..., 26] < PEN_DROPPED
+
+
+# The rule of ending by family: next observations [..., S] -> bool [...]. Tasks of other families
+# never end before their time limit: of D4RL's, halfcheetah, maze2d and the rest of Adroit.
+ENDS = {
+    "hopper": hopper_ends,
+    "walker2d": walker2d_ends,
+    "ant": ant_ends,
+    "pen": pen_ends,
+}
+
+
+def known_termination(env_id: str, next_obs: Tensor) -> Tensor:
+    """Whether the task ends at these states, by its own rule: [..., S] -> bool [...]."""
+    family = family_of(env_id)
+    if family in ENDS:
+        return ENDS[family](next_obs)
+    return torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
+
+
+# ----- reference scores -----
+# The returns that make scores 0 and 100, by id, for tasks that are not D4RL's, which has tables.
+REFERENCES: dict[str, tuple[float, float]] = {}
+
+
+def reference_returns(env_id: str) -> tuple[float, float]:
+    """The returns that make scores 0 and 100. Without references a score is the return itself."""
+    if env_id in REFERENCES:
+        return REFERENCES[env_id]
+    tables = d4rl_tables()
+    if env_id in tables["REF_MIN_SCORE"]:
+        return tables["REF_MIN_SCORE"][env_id], tables["REF_MAX_SCORE"][env_id]
+    return 0.0, 100.0
+
+
+def d4rl_score(env_id: str, returns: np.ndarray) -> np.ndarray:
+    """D4RL's normalized score of each return: 100 * (return - low) / (high - low)."""
+    low, high = reference_returns(env_id)
+    return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
+
+
+# ----- simulators -----
+def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
+    """A task of D4RL as D4RL has it, else any registered environment; actions in [-1, 1].
+
+    Raises SystemExit where there is no such environment, or none that fits.
+    """
+    load_simulators()
+    if env_id in d4rl_tables()["DATASET_URLS"]:
+        family = family_of(env_id)
+        if family == "maze2d":
+            return make_maze2d(env_id, render_mode)
+        if family in SIMULATORS:
+            return make_mujoco(family, render_mode)
+        if env_id not in gymnasium.registry:
+            sys.exit(f"--env-id {env_id}: D4RL's {family} tasks have no simulator here")
+    return make_registered(env_id, render_mode)
+
+
+def load_simulators() -> None:
+    """Register gymnasium-robotics' environments, and silence what is said of old versions."""
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # "-v4 is out of date": it is D4RL's
+    mujoco.set_mju_user_warning(lambda text: None)  # on a setting in HalfCheetah's model
+    with contextlib.redirect_stderr(io.StringIO()):  # the import recommends other versions
+        import gymnasium_robotics
+    gymnasium.register_envs(gymnasium_robotics)
+
+
+def make_maze2d(env_id: str, render_mode: str | None) -> gymnasium.Env:
+    """Of maze2d-umaze-v1, maze2d-eval-large-dense-v1, ..."""
+    maze = env_id.removeprefix("maze2d-").rsplit("-", 1)[0]  # without family and version
+    layout = maze.removesuffix("-dense")
+    env = Maze2d(layout, maze.endswith("-dense"), render_mode)
+    return gymnasium.wrappers.TimeLimit(env, MAZE_LIMITS[layout.removeprefix("eval-")])
+
+
+def make_mujoco(family: str, render_mode: str | None) -> gymnasium.Env:
+    """Of a family in SIMULATORS. Its datasets (human, medium, ...) all have the same simulator."""
+    name, time_limit = SIMULATORS[family]
+    env = gymnasium.make(name, max_episode_steps=time_limit, render_mode=render_mode)
+    return D4RLSemantics(env, family)
+
+
+def make_registered(env_id: str, render_mode: str | None) -> gymnasium.Env:
+    """Any other environment of gymnasium, with a limit of 1000 steps where it has none itself."""
+    try:
+        if render_mode is None:
+            env = gymnasium.make(env_id)  # a class that never renders need not take a render_mode
+        else:
+            env = gymnasium.make(env_id, render_mode=render_mode)
+        if env.spec.max_episode_steps is None:
+            env = gymnasium.wrappers.TimeLimit(env, 1000)
+    except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
+        reason = " ".join(str(error).split())
+        known_ids = {*d4rl_tables()["DATASET_URLS"], *gymnasium.registry} - {env_id}
+        near = difflib.get_close_matches(env_id, known_ids)
+        guess = " or ".join(near) or "another"
+        sys.exit(f"cannot make {env_id} ({reason}): did you mean {guess}?")
+    for space in (env.observation_space, env.action_space):
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
+    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 class D4RLSemantics(gymnasium.Wrapper):
-    """Ends and rewards a step as D4RL's environments do and gymnasium's successors do not."""
+    """Ends and rewards a step as D4RL's environments do and their successors do not."""
 
-    def __init__(self, env: gymnasium.Env, family: str, reach: Callable | None):
+    def __init__(self, env: gymnasium.Env, family: str):
         super().__init__(env)
-        self.family, self.reach = family, reach
+        self.family = family
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if self.family == "pen":  # gymnasium-robotics goes on after a drop; obs[26]: height in m
-            terminated = bool(obs[26] < 0.075)
-        if self.reach is not None:  # gymnasium-robotics 1.4.2 has +0.1 * distance, D4RL -0.1
-            reward -= 0.2 * np.linalg.norm(self.reach(obs))
-        return obs, float(reward), terminated and not truncated, truncated, info  # as in D4RL
+        if self.family == "pen":  # gymnasium-robotics goes on after the pen was dropped
+            terminated = bool(obs[26] < PEN_DROPPED)
+        if self.family in REACH:
+            # gymnasium-robotics 1.4.2 adds 0.1 * distance of the palm, which D4RL subtracts.
+            distance = np.linalg.norm(REACH[self.family](obs))
+            reward = reward - 0.2 * distance
+        if truncated:  # D4RL has no row with both flags: the time limit wins
+            terminated = False
+        return obs, float(reward), terminated, truncated, info
 
 
 class Maze2d(gymnasium.Wrapper):
-    """D4RL's maze2d: PointMaze's ball, walls and speed limit; its own frame, starts and reward."""
+    """D4RL's maze2d: the ball, walls and speed limit of PointMaze, the rest as D4RL has it.
 
-    def __init__(self, maze: str, dense: bool, render_mode: str | None):
-        from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv
+    An observation is x, y and the velocities [4]; where the ball starts, how far the origin is
+    from the maze's corner, and the reward are D4RL's. Nothing ends an episode but its time limit.
+    """
 
-        rows = MAZES[maze].split("/")
-        walls = [[int(kind == "#") for kind in column] for column in zip(*rows)][::-1]
-        super().__init__(PointMazeEnv(maze_map=walls, render_mode=render_mode).point_env)
-        cells = [(kind, (i, j)) for i, row in enumerate(rows) for j, kind in enumerate(row)]
-        self.open = np.array([cell for kind, cell in cells if kind in "OG"], np.float64)
-        self.goal = np.array([cell for kind, cell in cells if kind == "G"][0], np.float64)
-        self.origin = np.array([len(rows), len(rows[0]), 0, 0]) / 2 - [0.7, 0.7, 0, 0]
+    def __init__(self, layout: str, dense: bool, render_mode: str | None):
+        from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv  # see load_simulators
+
+        cells = np.array([list(line) for line in MAZES[layout]])  # cells[x, y], one letter each
+        # PointMaze reads its map as one sees it: x to the right, y upwards, 1 is wall.
+        walls = (cells == "#").astype(int).T[::-1]
+        maze = PointMazeEnv(maze_map=walls.tolist(), render_mode=render_mode)
+        super().__init__(maze.point_env)
+        self.open = np.argwhere(cells != "#").astype(np.float64)  # [open cells, 2]
+        self.goal = np.argwhere(cells == "G")[0].astype(np.float64)  # [2]
+        # PointMaze counts from the middle of the maze. D4RL's cell (0, 0) begins at (-0.7, -0.7).
+        length, width = cells.shape
+        self.origin = np.array([length / 2 - 0.7, width / 2 - 0.7, 0, 0])
         self.dense = dense
 
     def reset(self, *, seed=None, options=None):
         self.env.reset(seed=seed)
         random = self.unwrapped.np_random
-        position = self.open[random.integers(len(self.open))] + random.uniform(-0.1, 0.1, 2)
-        self.unwrapped.set_state(position - self.origin[:2], 0.1 * random.standard_normal(2))
+        cell = self.open[random.integers(len(self.open))]
+        position = cell + random.uniform(-0.1, 0.1, 2)
+        velocity = 0.1 * random.standard_normal(2)
+        self.unwrapped.set_state(position - self.origin[:2], velocity)
         return self.unwrapped._get_obs()[0] + self.origin, {}
 
     def step(self, action):
         obs = self.env.step(action)[0] + self.origin
         distance = np.linalg.norm(obs[:2] - self.goal)
-        reward = np.exp(-distance) if self.dense else float(distance <= 0.5)
+        reward = np.exp(-distance) if self.dense else distance <= 0.5
         return obs, float(reward), False, False, {}
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
-    """A D4RL id with D4RL's semantics, else any registered environment; actions in [-1, 1]."""
-    urls, (family, *words) = d4rl_tables()["DATASET_URLS"], env_id.split("-")
-    gymnasium.logger.min_level = gymnasium.logger.ERROR  # else "-v4 is out of date"; it is D4RL's
-    mujoco.set_mju_user_warning(lambda text: None)  # mujoco 4 on HalfCheetah's `settotalmass`
-    with contextlib.redirect_stderr(io.StringIO()):  # a note on other versions of it
-        import gymnasium_robotics
-    gymnasium.register_envs(gymnasium_robotics)
-    if env_id in urls and family == "maze2d":
-        maze = "-".join(word for word in words[:-1] if word != "dense")
-        env = Maze2d(maze, "dense" in words, render_mode)
-        return gymnasium.wrappers.TimeLimit(env, MAZE_LIMITS[maze.removeprefix("eval-")])
-    if env_id in urls and family in SIMULATORS:
-        name, limit, reach = SIMULATORS[family]
-        env = gymnasium.make(name, max_episode_steps=limit, render_mode=render_mode)
-        return D4RLSemantics(env, family, reach)
-    if env_id in urls:
-        sys.exit(f"--env-id {env_id}: D4RL's {family} tasks have no simulator here")
-    try:
-        env = gymnasium.make(env_id, **(dict(render_mode=render_mode) if render_mode else {}))
-        if env.spec.max_episode_steps is None:
-            env = gymnasium.wrappers.TimeLimit(env, 1000)
-    except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
-        near = difflib.get_close_matches(env_id, {*urls, *gymnasium.registry} - {env_id})
-        why = " ".join(str(error).split())
-        sys.exit(f"cannot make {env_id} ({why}): did you mean {' or '.join(near) or 'another'}?")
-    spaces = env.observation_space, env.action_space
-    if not all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in spaces):
-        sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
-    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+# ===== D. Device, CUDA graphs, seeds ==============================================================
+# A GPU spends most of a small step waiting for Python to launch it. `capture` records a step once,
+# as a CUDA graph, and launches it as a whole from then on.
+def choose_device(args: Args) -> torch.device:
+    """The GPU if there is one, else the CPU. Sets how exactly either computes products."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.tf32 else "ieee"
+    # Adam warns where a step that it could record is taken plainly, as `capture` does at first.
+    warnings.filterwarnings("ignore", ".*capturable=True.*")
+    if args.cuda and torch.cuda.is_available():
+        return torch.device("cuda")
+    if args.cpu_fast_matmul:
+        choose_cpu_products()
+    return torch.device("cpu")
 
 
+def choose_cpu_products() -> None:
+    """Let oneDNN compute products of matrices, if what it computes is as exact as fp32.
+
+    The setting "bf16" lets it, and would also allow it to round to bf16. It does so only on CPUs
+    with AMX; on others it stays with fp32, and on AMD's is up to 1.7 times faster than torch's
+    default. So the result of a test decides.
+    """
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    a = torch.randn(2, 512, 400)
+    b = torch.randn(2, 400, 300)
+    product = a @ b
+    # The three products of a layer: forward, and the gradients of its input and of its weights.
+    for left, right in ((a, b), (product, b.mT), (a.mT, product)):
+        exact = left.double() @ right.double()
+        error = (left @ right - exact).abs().max()
+        if error > 5e-6 * exact.abs().max():
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def capture(step: Callable[..., dict], args: Args) -> Callable[..., dict]:
+    """`step` as a CUDA graph, which does the same in less time; on a CPU it is `step` itself.
+
+    A graph holds no `if`, so each combination of the arguments of `step`, which are bool, gets one
+    of its own.
+    """
+    if not (args.cuda and args.cuda_graphs and torch.cuda.is_available()):
+        return step
+    recorded = {}
+
+    def call(*flags: bool) -> dict:
+        if flags not in recorded:
+            recorded[flags] = RecordedStep(functools.partial(step, *flags))
+        return recorded[flags]()
+
+    return call
+
+
+class RecordedStep:
+    """A step, from its fourth call on as a CUDA graph.
+
+    The graph repeats what the GPU was told to do when it was recorded, on the same tensors, without
+    the Python around it. So the step may neither wait for the GPU nor read a Python value that
+    changes. Its result is always the same dict, whose tensors each call overwrites.
+    """
+
+    def __init__(self, step: Callable[[], dict]):
+        self.step = step
+        self.graph = torch.cuda.CUDAGraph()
+        self.side_stream = torch.cuda.Stream()
+        self.calls = 0
+        self.result = {}
+
+    def __call__(self) -> dict:
+        self.calls += 1
+        if self.calls <= 3:
+            # CUDA asks for some plain steps on a side stream before it records. They are real ones.
+            self.side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side_stream):
+                plain_result = self.step()
+            torch.cuda.current_stream().wait_stream(self.side_stream)
+            return plain_result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph):  # this records, and computes nothing
+                self.result = self.step()
+        self.graph.replay()
+        return self.result
+
+
+def reseed(seed: int, phase: str, k: int = 0) -> None:
+    """Give phase number k of a name its own random numbers, however many the others have drawn."""
+    digest = hashlib.sha256(f"{seed} {phase} {k}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+# ===== E. Evaluation and video ====================================================================
+# Whatever has a function `act`, from observations [n, S] to actions [n, A] in [-1, 1], can be
+# evaluated. A score is the return of a whole episode on D4RL's scale.
 @functools.lru_cache(maxsize=1)
 def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.VectorEnv:
-    """`count` environments, made once: an Adroit one takes 0.1 s to build."""
-    kind = gymnasium.vector.AsyncVectorEnv if asynchronous else gymnasium.vector.SyncVectorEnv
-    return kind([functools.partial(make_env, env_id)] * count)
+    """`count` environments side by side, made once a run: building Adroit's takes 0.1 s each."""
+    makers = [functools.partial(make_env, env_id)] * count
+    if asynchronous:
+        return gymnasium.vector.AsyncVectorEnv(makers)
+    return gymnasium.vector.SyncVectorEnv(makers)
 
 
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
-    """D4RL scores [L, episodes]: rounds of one episode in each of `eval_episodes` environments."""
-    shape, rounds = (method.learners, args.eval_episodes), []
-    many_cores = method.device.type == "cuda" and os.cpu_count() >= 8
-    asynchronous = many_cores if args.async_envs is None else args.async_envs
-    envs = vector_env(args.env_id, math.prod(shape), asynchronous)
+    """Scores [episodes] of the policy `method.act`; k numbers the evaluations of a run.
+
+    The training's random numbers stay as they are, so that it may be evaluated at any time.
+    """
+    asynchronous = args.async_envs
+    if asynchronous is None:  # with a GPU the other cores are idle; a few cores gain nothing
+        asynchronous = method.device.type == "cuda" and os.cpu_count() >= 8
+    envs = vector_env(args.env_id, args.eval_episodes, asynchronous)
+    scores = []
     with torch.random.fork_rng():
         reseed(args.seed, "evaluation", k)
         for first in range(0, episodes, args.eval_episodes):
-            returns, live = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
-            obs, _ = envs.reset(seed=10**10 * args.seed + 1000 * (k + first))  # all differ
-            while live.any():
-                action = method.act(obs.reshape(*shape, -1)).reshape(envs.num_envs, -1)
-                obs, reward, terminated, truncated, _ = envs.step(action)
-                returns += live * reward
-                live &= ~(terminated | truncated)
-            rounds.append(d4rl_score(args.env_id, returns.reshape(shape)))
-    return np.concatenate(rounds, 1)[:, :episodes]
+            # Environment i is seeded with i more: no two episodes of whatever seeds begin alike.
+            env_seed = 10**10 * args.seed + 1000 * (k + first)
+            returns = one_episode_each(method, envs, env_seed)
+            scores.append(d4rl_score(args.env_id, returns))
+    return np.concatenate(scores)[:episodes]
+
+
+def one_episode_each(
+    method: nn.Module, envs: gymnasium.vector.VectorEnv, env_seed: int
+) -> np.ndarray:
+    """Returns [environments] of one episode in each environment.
+
+    Those that are done wait for the others. To take the first episodes that end, wherever they
+    do, would prefer short ones.
+    """
+    returns = np.zeros(envs.num_envs)
+    running = np.ones(envs.num_envs, bool)
+    obs, _ = envs.reset(seed=env_seed)
+    while running.any():
+        obs, reward, terminated, truncated, _ = envs.step(method.act(obs))
+        returns[running] += reward[running]
+        running &= ~(terminated | truncated)
+    return returns
 
 
 def report(method: nn.Module, args: Args, final: np.ndarray, run: Path) -> None:
-    """Print the scores `final` [L, episodes], and render an episode if asked."""
-    for seed, x in enumerate(final, args.seed):
-        print(f"seed {seed}: normalized score {x.mean():.1f} +- {x.std() / len(x) ** 0.5:.1f}")
+    """Print the mean of the scores `final` [episodes] with its standard error; render if asked."""
+    error = final.std() / len(final) ** 0.5
+    print(f"normalized score over {len(final)} episodes: {final.mean():.1f} +- {error:.1f}")
     if args.capture_video:
         record_episode(method, args, run / "episode.gif")
 
 
 def record_episode(method: nn.Module, args: Args, path: Path) -> None:
-    """An episode of the first learner, every third step, as a GIF."""
-    env, frames, over = make_env(args.env_id, render_mode="rgb_array"), [], False
+    """Save an episode as a GIF, every third step of it."""
+    env = make_env(args.env_id, render_mode="rgb_array")
     obs, _ = env.reset(seed=args.seed)
+    frames = []
+    over = False
     while not over:
         try:
             frames.append(Image.fromarray(env.render()))
         except Exception as error:  # every OpenGL backend fails in its own way
             sys.exit(f"cannot render ({error}); without a screen set MUJOCO_GL=egl or osmesa")
-        action = method.act(np.stack([obs[None]] * method.learners))[0, 0]
-        obs, _, terminated, truncated, _ = env.step(action)
+        obs, _, terminated, truncated, _ = env.step(method.act(obs[None])[0])
         over = terminated or truncated
     frames[0].save(path, save_all=True, append_images=frames[3::3], duration=50, loop=0)
 
 
-def choose_device(args: Args) -> torch.device:
-    """The GPU if there is one, else the CPU with its faster library; precision of products."""
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.tf32 else "ieee"
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # the real steps before a recording
-    if args.cuda and torch.cuda.is_available():
-        return torch.device("cuda")
-    if args.cpu_fast_matmul:
-        # "bf16" lets oneDNN compute products, in bf16 if it likes. Without AMX it does not: fp32,
-        # up to 1.7 times faster than torch's default on AMD. So the result decides.
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        a, b = torch.randn(2, 512, 400), torch.randn(2, 400, 300)
-        for left, right in ((a, b), (a @ b, b.mT), (a.mT, a @ b)):
-            exact = left.double() @ right.double()
-            if (left @ right - exact).abs().max() > 5e-6 * exact.abs().max():
-                torch.backends.mkldnn.matmul.fp32_precision = "none"
-    return torch.device("cpu")
+# ===== F. The run's folder ========================================================================
+# `Run` keeps a run's progress and writes its folder. Below it stand the functions that save and
+# load single files; a file is always the old one or the new one as a whole.
+class Bar:
+    """A progress bar with the time left. Off a terminal it prints a line a minute instead.
 
+    (A file would receive a bar's every state.) `total` is None where the end is not known.
+    """
 
-def capture(step: Callable[[], dict], args: Args) -> Callable[[], dict]:
-    """`step`, recorded as a CUDA graph at its fourth call and replayed after; as it is on a CPU."""
-    if not (args.cuda and args.cuda_graphs and torch.cuda.is_available()):
-        return step
-    graph, stream, logs, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, 0
+    def __init__(self, name: str, total: int | None, done: int = 0):
+        self.name = name
+        self.total = total
+        self.first = done  # of which no time is known
+        self.done = done
+        self.text = ""  # what stands behind the bar
+        self.started = time.monotonic()
+        self.printed = self.started
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            desc=name,
+            total=total,
+            initial=done,
+            leave=False,
+            dynamic_ncols=True,
+            disable=not self.on_terminal,
+        )
 
-    def call() -> dict:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            with torch.cuda.graph(graph):
-                logs.update(step())
-        if calls >= 4:
-            graph.replay()
-            return logs
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # real steps, on the side stream that recording asks for
-            result = step()
-        torch.cuda.current_stream().wait_stream(stream)
-        return result
+    def move_to(self, done: int, text: str) -> None:
+        """Show that `done` of `total` are done, and a text."""
+        if self.on_terminal:
+            if text != self.text:  # this draws the bar, and takes a while
+                self.bar.set_postfix_str(text)
+            self.bar.update(done - self.done)
+        self.done = done
+        self.text = text
+        if not self.on_terminal and time.monotonic() - self.printed >= 60:
+            self.print_line()
 
-    return call
+    def print_line(self) -> None:
+        """Print the bar's present state as a line."""
+        self.printed = time.monotonic()
+        seconds = self.printed - self.started
+        rate = (self.done - self.first) / seconds
+        line = tqdm.format_meter(
+            self.done, self.total, seconds, prefix=self.name, postfix=self.text, rate=rate, ncols=0
+        )
+        print(line, file=sys.stderr, flush=True)
 
+    def write(self, line: str) -> None:
+        """Print a line that stays, without harm to the bar."""
+        if self.on_terminal:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
 
-def reseed(seed: int, phase: str, k: int = 0) -> None:
-    """A seed for each phase (a name and a number), so that phases do not disturb one another."""
-    digest = hashlib.sha256(f"{seed} {phase} {k}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:4], "little"))
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
 
 
 class Run:
-    """A run and its folder: progress, TensorBoard, evaluations, checkpoints, result.json."""
+    """A run and its folder.
+
+        file                  written                      holds
+        args.json             at the start                 the settings
+        *.py                  at the start                 the script, and those it derives from
+        events.out.tfevents*  every --log-every            TensorBoard's curves
+        model.pt              after the first fit          the model, for --dynamics-from
+        policy.pt             every --checkpoint-every     the networks that act, for --evaluate
+        curves.png            every --checkpoint-every     the scores against the iterations
+        checkpoint.pt         every --checkpoint-every     all that --resume needs
+        result.json           at the end                   scores, settings, times, versions
+        episode.gif           at the end                   an episode, with --capture-video
+
+    `method` is a module with `act`, `device`, `obs_dim`, `action_dim` and `acting`, the names of
+    the networks that `act` uses. `source` says which data it learns from: see load_dataset.
+    """
 
     def __init__(self, args: Args, method: nn.Module, source: dict):
-        self.args, self.method, self.source = args, method, source
-        self.iteration, self.logs, self.started = 0, {}, time.monotonic()
-        self.curves = []  # per evaluation: iteration, score of each learner
-        self.algo = Path(sys.modules[type(method).__module__].__file__).stem
+        self.args = args
+        self.method = method
+        self.source = source
+        self.iteration = 0  # how many are done
+        self.curve = []  # [iteration, score] of each evaluation
+        self.started = time.monotonic()  # less the seconds before --resume
+        files = source_files(type(method))
+        self.algo = name_of(type(method))
+
         name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.resume or Path(args.run_dir) / name.replace("/", "-"))
         if args.resume:
+            self.folder = Path(args.resume)
             self.load_checkpoint()
-        elif self.folder.exists():
-            sys.exit(f"{self.folder} is there already: start again in a second")
+        else:
+            self.folder = Path(args.run_dir).expanduser() / name.replace("/", "-")
+            if self.folder.exists():
+                sys.exit(f"{self.folder} is there already: start again in a second")
+        self.first_iteration = self.iteration
         save(vars(args) | {"resume": None}, self.folder / "args.json")
-        for kind in type(method).mro()[:-2]:  # its own file, and those of its base classes
-            file = Path(sys.modules[kind.__module__].__file__)
+        for file in files:
             (self.folder / file.name).write_bytes(file.read_bytes())
+
         if args.track:
             wandb = importlib.import_module("wandb")
-            where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
-            wandb.init(**where, config=vars(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.folder), purge_step=args.resume and self.iteration + 1)
-        self.saved, self.saved_at = self.iteration, time.monotonic()  # the last checkpoint
-        self.bar = tqdm(total=args.total_iterations, initial=self.iteration)
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=name,
+                config=vars(args),
+                sync_tensorboard=True,
+            )
+        # What TensorBoard has of iterations after the checkpoint is hidden: they are done again.
+        purge_step = self.iteration + 1 if args.resume else None
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+        self.bar = Bar(self.algo, args.total_iterations, self.iteration)
+        self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
+        self.phase_points = 0  # how often that phase has reported
+        check_optimizers(method)
+        note_changes(args)
+        self.bar.write(f"this run writes to {self.folder}")
 
-    def log(self, phase: str, logs: dict[str, Tensor]) -> None:
-        """Tensors [L] to TensorBoard, at the present iteration."""
-        self.bar.set_postfix_str(phase)
-        for key, values in logs.items():
-            for seed, value in enumerate(values.tolist(), self.args.seed):
-                if not math.isfinite(value):
-                    sys.exit(f"{phase}: {key} is {value}; {self.folder} keeps its last checkpoint")
-                self.writer.add_scalar(f"{key}/seed_{seed}", value, self.iteration)
+    def log(self, phase: str, logs: dict[str, Tensor | float], point: int = 0) -> None:
+        """Write scalars to TensorBoard at the present iteration, plus `point` for a phase's points.
 
-    def iterations(self) -> Iterator[int]:
-        """The numbers of the iterations to be done; logs, evaluates and saves after each."""
-        args = self.args
-        while self.iteration < args.total_iterations:
-            yield self.iteration
-            self.iteration += 1
-            self.bar.update()
-            last = self.iteration == args.total_iterations
-            waited = self.method.device.type == "cpu" or time.monotonic() - self.saved_at >= 60
-            save_now = last or (self.iteration - self.saved >= args.checkpoint_every and waited)
-            if self.iteration % args.log_every == 0 or save_now:
-                self.log("training", self.logs)  # stops at NaN, before a checkpoint could hold it
-            if self.iteration % args.eval_every == 0 or last:
-                scores = evaluate(self.method, args, args.eval_episodes, self.iteration).mean(1)
-                self.curves.append([self.iteration, *scores.tolist()])
-                self.log("evaluation", {"eval/normalized_score": torch.tensor(scores)})
-                self.bar.write(f"iteration {self.iteration}: score {scores.round(1)}")
-            if save_now:
-                self.save_checkpoint()
+        Stop the run at NaN or infinity. Reading the scalars waits for the GPU, which is why a run
+        logs every --log-every iterations only.
+        """
+        for key, value in logs.items():
+            if not math.isfinite(value):
+                sys.exit(f"{phase}: {key} is {value}; {self.folder} keeps its last checkpoint")
+            self.writer.add_scalar(key, value, self.iteration + point)
+
+    def progress(self, phase: str, done: int, total: int | None, logs: dict) -> None:
+        """Log and show a long phase between two iterations, such as a fit, on a bar of its own."""
+        if self.phase_bar is None or self.phase_bar.name != phase:
+            self.end_phase()
+            self.phase_bar = Bar(phase, total)
+        self.phase_points += 1
+        self.log(phase, logs, self.phase_points)
+        numbers = [f"{key.rsplit('/')[-1]} {float(value):.4g}" for key, value in logs.items()]
+        self.phase_bar.move_to(done, ", ".join(numbers))
+
+    def end_phase(self) -> None:
+        """Take away the bar of a long phase, after a last line of it off a terminal."""
+        if self.phase_bar is not None:
+            if not self.phase_bar.on_terminal:
+                self.phase_bar.print_line()
+            self.phase_bar.close()
+        self.phase_bar = None
+        self.phase_points = 0
+
+    def advance(self) -> None:
+        """Count an iteration that is done."""
+        self.end_phase()
+        self.iteration += 1
+        if self.iteration == self.first_iteration + 1:
+            check_gradients(self.method)
+        last_score = f"score {self.curve[-1][1]:.1f}" if self.curve else ""
+        self.bar.move_to(self.iteration, last_score)
+
+    def add_to_curve(self) -> None:
+        """Add the mean score of the present policy to the curve, print it and log it."""
+        scores = evaluate(self.method, self.args, self.args.eval_episodes, self.iteration)
+        score = float(scores.mean())  # NumPy's own float could not be loaded with weights_only
+        self.curve.append([self.iteration, score])
+        self.log("evaluation", {"eval/normalized_score": score})
+        self.bar.write(f"iteration {self.iteration}: score {score:.1f}")
 
     def save_checkpoint(self) -> None:
-        """checkpoint.pt to go on from, policy.pt to use, curves.png to look at."""
-        method, state = self.method, self.method.state_dict()
-        random = torch.cuda if method.device.type == "cuda" else torch
-        optimizers = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
-        content = self.source | dict(algo=self.algo, iteration=self.iteration, curves=self.curves)
-        content |= dict(method=state, optimizers=optimizers, device=method.device.type)
-        content |= dict(seconds=time.monotonic() - self.started, rng=random.get_rng_state())
-        policy = {k: v for k, v in state.items() if k.startswith(("actor.", "critic."))}
-        save(dict(policy=policy, sizes=method.sizes), self.folder / "policy.pt")
-        if self.curves:
+        """Save policy.pt, curves.png and checkpoint.pt.
+
+        The checkpoint comes last: a run that is cut in between goes on from the checkpoint before
+        it, and writes all three again.
+        """
+        method = self.method
+        kind = type(method).__name__
+        policy = {
+            "policy": {name: getattr(method, name).state_dict() for name in method.acting},
+            "sizes": (method.obs_dim, method.action_dim),
+            "kind": kind,
+        }
+        checkpoint = {
+            **self.source,
+            "algo": self.algo,
+            "kind": kind,
+            "iteration": self.iteration,
+            "curve": self.curve,
+            "method": method.state_dict(),
+            "optimizers": {name: opt.state_dict() for name, opt in optimizers_of(method)},
+            "device": method.device.type,
+            "rng": random_generator(method.device).get_rng_state(),
+            "seconds": time.monotonic() - self.started,
+        }
+        save(policy, self.folder / "policy.pt")
+        if self.curve:
             self.plot_curves()
-        save(content, self.folder / "checkpoint.pt")  # last: a cut before it is made good
-        self.saved, self.saved_at = self.iteration, time.monotonic()
+        save(checkpoint, self.folder / "checkpoint.pt")
 
     def load_checkpoint(self) -> None:
-        """Put weights, buffer, optimizers, random state and progress back."""
-        method, kind = self.method, self.method.device.type
+        """Put networks, buffer, optimizers, random numbers and progress back to the checkpoint's.
+
+        On a CPU the run then goes on bit for bit as if it had not been interrupted. It must be a
+        run of the same method on the same data.
+        """
+        method = self.method
+        device = method.device.type
         with loading(self.folder / "checkpoint.pt", method.device) as saved:
-            if (saved["algo"], saved["sha256"]) != (self.algo, self.source["sha256"]):
-                raise ValueError(f"a run of {saved['algo']}.py on {saved['dataset']} as it was")
+            same_method = saved["kind"] == type(method).__name__
+            if not same_method or saved["sha256"] != self.source["sha256"]:
+                raise ValueError(f"a run of {saved['kind']} on {saved['dataset']} as it was")
             if saved["iteration"] > self.args.total_iterations:
                 raise ValueError(f"it is at {saved['iteration']}: raise --total-iterations")
             method.load_state_dict(saved["method"])
-            for name, optimizer in saved["optimizers"].items():
-                load_optimizer(method.optimizers[name], optimizer)
-            self.iteration, self.curves = saved["iteration"], saved["curves"]
+            for name, optimizer in optimizers_of(method):
+                load_optimizer(optimizer, saved["optimizers"][name])
+            self.iteration = saved["iteration"]
+            self.curve = saved["curve"]
             self.started -= saved["seconds"]
-        if saved["device"] == kind:
-            (torch.cuda if kind == "cuda" else torch).set_rng_state(saved["rng"].cpu())
-        else:
-            print(f"note: resumed on {kind}, which draws otherwise than {saved['device']} did")
+            if saved["device"] == device:
+                random_generator(method.device).set_rng_state(saved["rng"].cpu())
+            else:
+                other = saved["device"]
+                print(f"note: resumed on {device}, which draws otherwise than {other} did")
 
     def plot_curves(self) -> None:
-        """curves.png: the score of every learner against the iterations."""
+        """Draw curves.png: the scores of the evaluations against the iterations."""
+        iterations, scores = zip(*self.curve)
         axes = Figure(layout="constrained").subplots()
-        axes.plot(*np.split(np.array(self.curves), [1], 1))  # iteration, one score per learner
-        axes.legend([f"seed {self.args.seed + i}" for i in range(self.args.num_seeds)])
+        axes.plot(iterations, scores)
         axes.set(xlabel="iteration", ylabel="score", title=f"{self.algo} on {self.args.env_id}")
         axes.figure.savefig(self.folder / "curves.png")
 
     def finish(self) -> dict:
-        """The final evaluation and result.json, which is returned."""
+        """Evaluate the last policy on more episodes, and save and return what result.json holds."""
         self.writer.close()
         self.bar.close()
-        args, seconds = self.args, time.monotonic() - self.started
+        args = self.args
+        seconds = time.monotonic() - self.started  # of training, with its evaluations
         final = evaluate(self.method, args, args.final_episodes, 0)
-        result = dict(algo=self.algo, env_id=args.env_id, **self.source, curves=self.curves)
-        result |= dict(seeds=[args.seed + i for i in range(args.num_seeds)], args=vars(args))
-        result |= dict(mean_last_ten=np.mean(self.curves[-10:], 0)[1:].tolist(), seconds=seconds)
-        result |= dict(last=self.curves[-1][1:], final_mean=final.mean(1).tolist())
-        result |= dict(final_scores=final.tolist(), total_iterations=self.iteration)
-        result |= dict(steps_per_second=self.iteration / seconds, device=str(self.method.device))
-        result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
-        result["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        scores = [score for _, score in self.curve]
+        mean_last_ten = np.mean(scores[-10:])
+        packages = (torch, np, gymnasium, mujoco)
+        result = {
+            "algo": self.algo,
+            "env_id": args.env_id,
+            **self.source,
+            "curve": self.curve,
+            "seed": args.seed,
+            "args": vars(args),
+            "seconds": seconds,
+            "last": scores[-1],
+            "mean_last_ten": mean_last_ten,
+            "final_mean": final.mean(),
+            "final_scores": final.tolist(),
+            "total_iterations": self.iteration,
+            "folder": str(self.folder),
+            "steps_per_second": self.iteration / seconds,
+            "device": str(self.method.device),
+            "versions": {package.__name__: package.__version__ for package in packages},
+            "git": git_commit(),
+        }
         save(result, self.folder / "result.json")
         report(self.method, args, final, self.folder)
-        print(f"mean of the last ten: {np.round(result['mean_last_ten'], 1)}; see {self.folder}")
+        print(f"mean of the last ten: {mean_last_ten:.1f}; see {self.folder}")
         return result
 
 
+def name_of(method: type) -> str:
+    """The name of a method in its run's folder: its file's, or in a notebook its class's."""
+    file = getattr(sys.modules[method.__module__], "__file__", None)
+    return method.__name__ if file is None else Path(file).stem
+
+
+def source_files(method: type) -> list[Path]:
+    """The files of a method's class and of its base classes, then the script that was started.
+
+    Each comes once. What a notebook defines has no file.
+    """
+    own_classes = [kind for kind in method.mro() if kind not in (nn.Module, object)]
+    modules = [kind.__module__ for kind in own_classes] + ["__main__"]
+    files = []
+    for module in modules:
+        name = getattr(sys.modules[module], "__file__", None)
+        if name is not None and Path(name).is_file() and Path(name) not in files:
+            files.append(Path(name))
+    return files
+
+
+def git_commit() -> str | None:
+    """The commit of this script's repository, or None without git or a repository."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def random_generator(device: torch.device):
+    """Where the random numbers of a device come from: get_rng_state() and set_rng_state()."""
+    return torch.cuda if device.type == "cuda" else torch
+
+
+def optimizers_of(method: nn.Module) -> list[tuple[str, torch.optim.Optimizer]]:
+    """Name and optimizer of all the attributes of a method that are optimizers."""
+    optimizers = []
+    for name, value in vars(method).items():
+        if isinstance(value, torch.optim.Optimizer):
+            optimizers.append((name, value))
+    return optimizers
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters that an optimizer moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_optimizers(method: nn.Module) -> None:
+    """Stop if a parameter that takes a gradient has no optimizer, and so would never move."""
+    moved = set()
+    for _, optimizer in optimizers_of(method):
+        moved.update(parameters_of(optimizer))
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad and parameter not in moved:
+            sys.exit(f"no optimizer moves {name}: add it to one, or let it require no gradient")
+
+
+def check_gradients(method: nn.Module) -> None:
+    """Stop if an optimizer has stepped on some of its parameters and no loss reaches the others."""
+    names = {parameter: name for name, parameter in method.named_parameters()}
+    for optimizer_name, optimizer in optimizers_of(method):
+        parameters = parameters_of(optimizer)
+        idle = [parameter for parameter in parameters if parameter.grad is None]
+        if idle and len(idle) < len(parameters):
+            name = names.get(idle[0], "a parameter outside the method")
+            sys.exit(f"no loss reaches {name}, which {optimizer_name} should move")
+
+
+# ----- files -----
 def save(content: dict, path: Path) -> None:
-    """Tensors and plain values, or JSON, to a file that is the old or the new one, never half."""
+    """Write tensors and plain values, or JSON. Whatever happens, the file is the old or the new."""
+    part = f"{path}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.part", "wb") as file:
+        with open(part, "wb") as file:
             if path.suffix == ".json":
                 file.write(json.dumps(content, indent=1).encode())
             else:
                 torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
+            os.fsync(file.fileno())  # else the new name might be on the disk before the content
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         sys.exit(f"cannot write {path} ({error}); what was there is unharmed")
 
 
 @contextlib.contextmanager
 def loading(path: Path, device: torch.device | str = "cpu"):
-    """The content of a saved file; what goes wrong with it ends in one sentence."""
+    """`with loading(path) as content:` where any error, also in the block, ends in one sentence."""
     try:
         if path.suffix == ".json":
             yield json.loads(path.read_text())
@@ -1408,41 +2367,54 @@ def loading(path: Path, device: torch.device | str = "cpu"):
             yield torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         sys.exit(f"there is no {path}: did that run get so far?")
-    except Exception as error:  # torch, pickle, zipfile and our look-ups each have their own
-        sys.exit(f"{path} is damaged or of another setting ({' '.join(str(error).split())[:200]})")
+    except Exception as error:  # torch, pickle, zipfile and our look-ups raise errors of their own
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"{path} is damaged or of another setting ({reason})")
 
 
 def load_args(run: str, settings: type = Args) -> Args:
     """The settings that a run was started with."""
     with loading(Path(run) / "args.json") as saved:
-        return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        for name, value in saved.items():
+            if isinstance(value, list):  # JSON has no tuples
+                saved[name] = tuple(value)
+        return settings(**saved)
 
 
 def load_optimizer(optimizer: torch.optim.Adam, saved: dict) -> None:
-    """Its moments and counts; learning rate and the like stay as they are here."""
-    optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
+    """Load moments and counts. Learning rates and the like stay as the settings have them."""
+    own_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(saved | {"param_groups": own_groups})
 
 
 def save_model(method: nn.Module, error: Tensor, run: Path) -> None:
-    """The first model and its hold-out errors [L, M], for --dynamics-from."""
-    optimizer = method.optimizers["model"].state_dict()
-    save(dict(model=method.model.state_dict(), optimizer=optimizer, error=error), run / "model.pt")
+    """Save the first model and the hold-out errors [M] of its members, for --dynamics-from."""
+    content = {
+        "model": method.model.state_dict(),
+        "optimizer": method.model_optimizer.state_dict(),
+        "error": error,
+    }
+    save(content, run / "model.pt")
 
 
 def load_model(method: nn.Module, run: Path) -> None:
-    """What save_model saved."""
+    """Take the model that save_model saved, and choose its elites by the saved errors."""
     with loading(run / "model.pt", method.device) as saved:
         method.model.load_state_dict(saved["model"])
-        load_optimizer(method.optimizers["model"], saved["optimizer"])
+        load_optimizer(method.model_optimizer, saved["optimizer"])
         method.choose_elites(saved["error"])
 
 
-def load_policy(run: str, settings: type, method: type) -> nn.Module:
-    """What acts as a run's policy did: its `act`, on the CPU. Raises SystemExit."""
+def load_policy(run: str, settings: type = Args, method: type = AMPL) -> nn.Module:
+    """A method that acts as the policy of a saved run did, on the CPU. Raises SystemExit."""
     args = load_args(run, settings)
     with loading(Path(run) / "policy.pt") as saved:
-        policy = method(args, *saved["sizes"], torch.device("cpu"))
-        policy.load_state_dict(saved["policy"], strict=False)
+        obs_dim, action_dim = saved["sizes"]
+        policy = method(args, obs_dim, action_dim, torch.device("cpu"))
+        if saved["kind"] != method.__name__:
+            raise ValueError(f"the policy of {saved['kind']}, not of {method.__name__}")
+        for name in policy.acting:
+            getattr(policy, name).load_state_dict(saved["policy"][name])
     return policy
 
 
