@@ -9,74 +9,83 @@
 """AMPL, offline Alternating Model-Policy Learning, in one file (Yang et al., NeurIPS 2022).
 
 AMPL learns a policy from a fixed dataset, helped by transitions that it imagines with a learned
-model P^ of the environment. A policy may look good only because P^ is wrong. Theorem 1 says by how
-much at most, Eq. (5) and (7):
+model P^ of the environment P*. A policy may look good only because P^ is wrong. Theorem 1 bounds
+how far the return in P^ can be from the true one, see Eq. (5) and (7):
 
     true return >= return in P^ - constant * sqrt(D_pi)
-    D_pi        = mean over the data of omega(s, a) * KL(true s', data's a' || P^'s s', policy's a')
-    omega(s, a) = (how often the policy visits (s, a)) / (how often the data do)
+    D_pi = mean over the data of omega(s, a) KL( P*(s'|s,a) pi_b(a'|s') || P^(s'|s,a) pi(a'|s') )
+    omega(s, a) = (how often the policy pi visits (s, a)) / (how often the data do)
 
-AMPL raises this bound from both sides, by turns. With the policy fixed it refits P^ so that D_pi
-becomes small, which is maximum likelihood with each row weighted by its omega, Eq. (6). With P^
-fixed it trains the policy to raise the whole bound; in place of D_pi stands a Jensen-Shannon
-divergence without omega, Eq. (8), that a GAN estimates: it keeps the policy's pairs (s, a) close to
-the data's. The paper calls omega the marginal importance weight; a visit at step t counts gamma^t.
+where pi_b is the policy that collected the data. The paper calls omega the marginal importance
+weight; a visit at step t counts gamma^t.
 
-Algorithm 1 as the authors' code (Shentao-YANG/AMPL_NeurIPS2022) runs it; its order of the steps,
-its periods, the warm-up and the fall of f are not the paper's:
+AMPL raises this bound by alternating. With the policy fixed it refits P^ so that D_pi becomes
+small, which is maximum likelihood with each row weighted by its omega, Eq. (6). With P^ fixed it
+trains the policy to raise the return in P^ minus a penalty. The penalty replaces sqrt(D_pi) by a
+Jensen-Shannon divergence without omega, Eq. (8), which a GAN estimates: it keeps the pairs (s, a)
+of the policy close to the data's.
+
+Algorithm 1 as the authors' code (Shentao-YANG/AMPL_NeurIPS2022) runs it. The order of policy and
+discriminator, the periods of rollouts and policy steps, the warm-up and the schedule of f (the
+share of data in a batch) are the code's and not the paper's:
 
     initialise all networks; fit the model to the data                                Eq. (4)
     for every iteration:
         every `model_retrain_every` iterations:
-            train omega; fit the model again, its rows weighted by omega              Eq. (11), (6)
+            train omega; fit the model further, rows weighted by omega / its mean     Eq. (11), (6)
         every `rollout_every` iterations:
             let the policy act in the model for `horizon` steps, into the buffer D_model
         sample a batch: a share f from the data D_env, the rest from D_model
         critics: one step towards a conservative target                               Eq. (12), (13)
-        make fake pairs of policy and model, and true pairs of the data               Eq. (14)
+        make fake pairs of policy and model at a second such batch, and true pairs
+            of the data                                                               Eq. (14)
         policy, every `policy_frequency` iterations: raise Q, fool the discriminator  Eq. (15), (17)
         discriminator: tell true pairs from fake ones                                 Eq. (16)
         targets: the slow copies of policy and critics follow them
 
-    Warm-up: for `warmup_iterations` f is 1, and the policy only fools the discriminator, that is,
-    it imitates the data. Then f falls by 0.1 every `real_decay_every` iterations, down to
-    `real_fraction`.
+    Warm-up: for `warmup_iterations` the policy only fools the discriminator, that is, it imitates
+    the data. Schedule: f is 1 during the warm-up and `real_decay_every` iterations more; then it
+    falls by 0.1 every `real_decay_every`, down to `real_fraction`. D_model is filled from the
+    start, but not sampled while f is 1.
 
 What each part is made of or trained on:
 
-    model          <- D_env; rows weighted by omega from the second fit on
-    omega          <- D_env, initial states, the policy's actions, Q_1
-    D_model        <- states of D_env, from there the policy's actions and the model's steps
-    batch          <- D_env, D_model
-    critics        <- a batch, and at its s' the target policy's actions and the target critics
-    fake pairs     <- states s of a batch, a of the policy, s' of the model, a' of the policy
-    true pairs     <- D_env
-    discriminator  <- true pairs, fake pairs
-    policy         <- Q at the states of a batch, D of the fake pairs
+    model        <- D_env; rows weighted by omega / its mean from the second fit on
+    omega        <- D_env, initial states, the policy's actions, Q_1
+    D_model      <- states of D_env, from there the policy's actions and the model's steps
+    critics      <- a batch, and at its s' the target policy's actions and the target critics
+    fake pairs   <- states s of a second batch, a of the policy, s' of the model, a' of the policy
+    policy       <- Q at the states of the first batch, D of the fake pairs
 
 The paper's symbols. An observation has S numbers, an action A. The data have N rows, N' of them
-with a known s'; there are N0 initial states. B and M are the sizes of the batch and of the model
-(members) at hand.
+with a known s'; there are N0 initial states. B is the size of whichever batch is meant, M the
+number of members: 7 in `model`, 5 in `elites`.
 
     s, a, r, s'      obs, action, reward, next_obs    [B, S], [B, A], [B], [B, S]
-    D_env, D_model   data, model_data                 [rows, S + A + 1 + S + 1], a transition a row
-    B_true, B_fake   true_pairs, fake_pairs           2B pairs each, with a before the tanh
+    D_env, D_model   data, model_data                 [rows, S + A + 1 + S + 1]: obs, action,
+                                                      reward, next_obs, terminated
+    B_true, B_fake   true_pairs, fake_pairs           2B pairs each; their actions are raw, that is,
+                                                      before the tanh (of the data: atanh(a))
     mu_0             initial_obs                      [N0, S]
     pi, pi', z       actor, actor_target, noise       [B, S] -> [B, A]
     Q_j, Q'_j        critic, critic_target            [B, S], [B, A] -> [2, B]
     Q~               target in `iterate`              [B]
     D                discriminator                    [B, S], [B, A] -> logit [B]; D is its sigmoid
-    L_g, L_D         regularizer, disc_loss           disc_loss is about -L_D / 2, to be minimised
+    L_g              regularizer                      minimised; -log D in place of log(1 - D)
+    L_D              disc_loss                        minimised; -L_D / 2, with soft labels
     P^, r^           model; elites, its best members  [M, B, S + A] -> mean, log_std [M, B, 1 + S]
     omega, omega'    omega, omega_target              [B, S], [B, A] -> [B]
-    l_1, l_2         left, right in `omega_loss`      their Q is Q_1 of critic, omega_critic_target
-    f, h, c, gamma   real_fraction, horizon, q_min_weight, gamma
+    l_1, l_2         left, right in `omega_loss`      Q in l_1 is Q_1 of critic, in l_2 Q_1 of
+                                                      omega_critic_target
+    f                num_real / B                     at the end real_fraction
+    h, c, gamma      horizon, q_min_weight, gamma
     lambda', Q_avg   q_coef, q_avg
 
-A note `# Paper: ... Code: ...` marks where the paper's main text and the authors' code differ. This
-file follows the code, unless the note ends with `Here: ...`. What follows `main` is plumbing and
-may be skipped; the method uses of it above all `capture` (a step as a CUDA graph; on a CPU the step
-itself), `reseed` (a seed for each phase) and `known_termination` (a task's rule of ending).
+A note `# Paper: ... Code: ...` marks where the paper's main text and the authors' code differ, or
+where the paper says nothing. This file follows the code, unless the note ends with `Here: ...`.
+What follows `main` is plumbing and may be skipped. The method mainly calls `capture` (on a GPU it
+records a step as a CUDA graph; on a CPU it returns the step), `reseed` (random numbers of its own
+for each phase), `known_termination` (a task's rule of ending) and `parameters_of` (an optimizer).
 """
 
 import contextlib
@@ -130,8 +139,8 @@ Positive = Annotated[float, Range(0, low_is_allowed=False), tyro.conf.arg(metava
 NonNegative = Annotated[float, Range(0), tyro.conf.arg(metavar="FLOAT>=0")]
 
 
-# Defaults are the authors' code's, unless marked (paper), (script: their launch script) or (ours).
-# For the flags marked (task) the paper's tasks have values of their own: see PAPER.
+# Defaults are those of the authors' code, unless marked (paper), (script: their launch script) or
+# (ours). For the flags marked (task) the paper's tasks have values of their own: see PAPER.
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
@@ -151,8 +160,8 @@ class Args:
     model_epoch_steps: Count = 1000  # steps between hold-out evaluations, that is, per epoch
     model_patience: Count = 10  # epochs without improvement before a fit stops
     model_max_epochs: Count = 10_000  # maximum epochs per fit
-    holdout_size: Count = 8092  # held-out rows (the authors' number), at most a fifth of the data
-    model_retrain_every: Count = 100_000  # iterations between refits (paper: 100 epochs of 1000)
+    holdout_size: Count = 8092  # held-out rows (8092: not our slip), at most a fifth of the data
+    model_retrain_every: Count = 100_000  # iterations between refits (the paper's 100 epochs, too)
     # --- rollouts ---
     horizon: Count = 3  # rollout length h (task)
     rollout_every: Count = 250  # iterations between rollout phases (script)
@@ -168,7 +177,7 @@ class Args:
     critic_grad_norm: Positive = 0.1  # gradient clipping norm, both critics together
     critic_huber_delta: Positive = 500.0  # threshold of the Huber loss, in practice never reached
     q_min_weight: Share = 0.75  # weight c of the smaller target Q, Eq. (12) (paper)
-    q_bound: Positive = 2000.0  # size from which on a target Q counts as 0, against divergence
+    q_bound: Positive = 2000.0  # target Qs this large or larger count as 0, against divergence
     # --- policy and discriminator ---
     hidden: tuple[Count, Count] = (400, 300)  # hidden widths, all networks but the model
     noise_dim: Count = 50  # dimension of the policy's noise z (task)
@@ -240,13 +249,16 @@ PAPER = {
 
 # ===== 2. Networks ================================================================================
 Scalars = dict[str, Tensor]  # what a step reports, by TensorBoard's names; stays on the device
-# What a long phase reports to: its name, how much is done, of how much (None: unknown), scalars.
+# Long phases call this as progress(name, done, total, scalars); total is None where it is unknown.
 Progress = Callable[[str, int, int | None, Scalars], None]
 
 
 class Batch(NamedTuple):
-    """Transitions. Rows cut off by a time limit were dropped on loading, so `terminated` always
-    means a real end."""
+    """Transitions.
+
+    In the data `terminated` means a real end, since rows that a time limit cut off were dropped on
+    loading. In the model it also means a step outside the data: see `end_outside_data`.
+    """
 
     obs: Tensor  # [B, S]
     action: Tensor  # [B, A]
@@ -408,7 +420,7 @@ class ModelEnsemble(nn.Module):
         targets = (targets - self.target_mean) / self.target_std
         return inputs, targets
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[M, B, S + A] -> mean, log_std [M, B, 1 + S]."""
         return self.gaussian(self.outputs(x))
 
@@ -429,7 +441,7 @@ class ModelEnsemble(nn.Module):
     # --- prediction ---
 
     @torch.no_grad()
-    def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, ...]:
+    def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Draw reward [B] and next_obs [B, S], each row from a random member. No gradient."""
         mean, log_std = self.predict(obs, action)
         return self.draw(obs, mean, log_std)
@@ -466,7 +478,7 @@ def scale_rewards(reward: Tensor) -> Tensor:
 
 def real_rows(iteration: int, args: Args) -> int:
     """How many rows of a batch are from the data: the share f of B."""
-    # Paper: f = 0.5. Code: 1 through the warm-up, then 0.1 less every 5000 iterations.
+    # Paper: f = 0.5. Code: 1 until 5000 iterations after the warm-up, then 0.1 less every 5000.
     falls = max(0, (iteration - args.warmup_iterations) // args.real_decay_every)
     fraction = max(args.real_fraction, 1 - 0.1 * falls)
     return int(fraction * args.batch_size)
@@ -490,23 +502,26 @@ def critic_loss(q: Tensor, target: Tensor, delta: float) -> Tensor:
 def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
     """The mean over the rows with keep = 1: values [2B], keep [2B].
 
-    keep is 0 for the pair (s', a') of a terminal s': see `fake_pairs`.
+    keep is 0 for the pair (s', a') of a terminated s': see `fake_pairs`.
     """
     return (values * keep).sum() / keep.sum().clamp(min=1)
 
 
 def generator_loss(fake_logit: Tensor, keep: Tensor) -> Tensor:
     """-log D, on average over the fake pairs: logits and keep [2B]."""
-    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, from probabilities, where a
-    # guard against division by zero loses the gradient at logits below -28. Here: the same loss
-    # from the logit, softplus(-logit), which keeps it.
+    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, computed from D itself, whose
+    # gradient is lost at logits below about -28. Here: the same loss computed from the logit,
+    # softplus(-logit), which keeps it.
     return masked_mean(F.softplus(-fake_logit), keep)  # Eq. (15)
 
 
 def discriminator_loss(
     true_logit: Tensor, fake_logit: Tensor, keep: Tensor, true_label: Tensor
 ) -> Tensor:
-    """Minus half of Eq. (16), but for soft labels, to be minimised; all arguments are [2B]."""
+    """Minus half of Eq. (16), with soft labels of the true pairs, to be minimised.
+
+    All arguments are [2B].
+    """
     # Paper: true pairs have the label 1. Code: theirs are drawn from [true_label_min, 1), and the
     # sum is halved.
     true_part = F.binary_cross_entropy_with_logits(true_logit, true_label)
@@ -530,8 +545,8 @@ def model_error(mean: Tensor, target: Tensor, omega: Tensor) -> Tensor:
 
     mean is [M, B, 1 + S]; target [B, 1 + S] and omega [B] are the same for every member.
     """
-    # Paper: does not say. Code: computes likelihood and error, and takes this one, probably by
-    # mistake.
+    # Paper: does not say. Code: computes likelihood and squared error, and judges by the squared
+    # error, probably by mistake.
     error = (mean - target).square().mean(-1)  # [M, B]
     return (omega * error).mean(-1)
 
@@ -541,16 +556,18 @@ def omega_loss(
 ) -> Tensor:
     """How far the two sides of Eq. (10) are apart.
 
-    Weighted by omega, a mean over the data is one over the policy's discounted visits. A share
-    1 - gamma of these are starts of episodes, the others follow a visit. So with the right omega
-    the mean Q of all visits (left) is that of successors and starts in these shares (right).
+    A mean over the data, weighted by the right omega, equals a mean over the policy's discounted
+    visits. Of these visits a share 1 - gamma are starts of episodes; a share gamma are successors
+    of visits. So with the right omega the mean Q of all visits (left) equals gamma * the mean Q of
+    successors + (1 - gamma) * the mean Q of starts (right).
 
     omega, omega_target and q [B] are at stored pairs, q_next [B] at the s' after them, q_initial
     [omega_initial_batch_size] at initial states, the last two with the policy's actions.
+    omega_target is what the target network omega' says, not what omega is regressed on.
     """
-    # The two sides of Eq. (10). The paper's Eq. (10) omits the gamma that its Eq. (9) has.
-    # Paper: Q of the policy in the model. Code: on the left Q_1 of the critic, on the right Q_1 of
-    # omega_critic_target, 0 after terminal states.
+    # Paper: Q of the policy in the model, and no gamma in Eq. (10), though Eq. (9) has it. Code: on
+    # the left Q_1 of the critic, on the right gamma and Q_1 of omega_critic_target, 0 after
+    # terminal states.
     left = (omega * q).mean()
     right = gamma * (omega_target * q_next).mean() + (1 - gamma) * q_initial.mean()
     # Paper: the squared difference. Code: Huber, linear beyond a difference of 1.
@@ -565,8 +582,9 @@ def constrain_mean(
     Eq. (11) is a single number, too little to determine omega. Dynamic barrier gradient descent
     (Gong, Liu, Liu 2021) returns g = loss_grad + multiple * mean_grad with the smallest
     multiple >= 0 such that <g, mean_grad> >= min(mean_omega - bound, |mean_grad|^2), where <,> is
-    the scalar product. Above the bound a step along it lowers the mean; below, it may raise the
-    mean, the less the closer. (Adam changes the step, so that this is no guarantee.)
+    the scalar product. The descent step goes along -g. Above the bound it lowers the mean; below,
+    it may raise it, but by less the closer the mean is to the bound. (Adam changes the step, so
+    that this is no guarantee.)
     """
     # Paper: no bound. Code: this one.
     norm_squared = mean_grad.square().sum()
@@ -606,7 +624,7 @@ class AMPL(nn.Module):
         self.obs_dim = obs_dim
         self.action_dim = action_dim
         self.model = self.build("model", self.Model, members=args.ensemble_size)
-        # A copy of the best members of the model, which makes all predictions.
+        # From the first fit on a copy of the model's best members, which makes all predictions.
         self.elites = self.build("elites", self.Model, members=args.num_elites)
         self.elites.requires_grad_(False)
         self.actor = self.build("actor", self.Policy)
@@ -625,7 +643,7 @@ class AMPL(nn.Module):
         self.register_buffer("write_row", torch.zeros((), dtype=torch.long))  # of model_data
         self.register_buffer("num_model_rows", torch.zeros((), dtype=torch.long))  # filled so far
         self.register_buffer("num_real", torch.tensor(args.batch_size))  # data rows of a batch
-        self.register_buffer("q_avg", torch.zeros(()))  # running mean of |Q|; 0 before the first
+        self.register_buffer("q_avg", torch.zeros(()))  # running mean of |Q|; 0 before any batch
         self.to(device)
 
         gan_betas = (args.gan_beta1, 0.999)
@@ -653,7 +671,10 @@ class AMPL(nn.Module):
     # --- data ---
 
     def set_data(self, dataset: dict[str, Tensor]) -> None:
-        """Take what load_dataset gives. Not part of __init__: a saved policy acts without data."""
+        """Take the transitions that `load_dataset` describes.
+
+        This is not part of __init__, because a saved policy acts without data.
+        """
         obs = dataset["obs"]
         next_obs = dataset["next_obs"]
         terminated = dataset["terminated"].float()
@@ -664,12 +685,12 @@ class AMPL(nn.Module):
         self.data = torch.cat(fields, -1).to(self.device)  # D_env, [N, S + A + 1 + S + 1]
 
         # Files that do not store s' have it as the state of the next row. After a terminal row that
-        # is another episode's, so s' is unknown.
+        # is another episode's, so s' is unknown. The critics do not need it there.
         # Paper: the model is fitted to all rows. Code: likewise, with the other episode's state as
         # s'. Here: the model is fitted only to the rows with a known s'. D_env keeps all rows.
         has_next = dataset["has_next"]
         self.rows_with_next = has_next.nonzero().squeeze(-1).to(self.device)  # row numbers
-        lost = int((terminated[~has_next] > 0).sum())
+        lost = int((~has_next).sum())
         if lost:
             print(f"note: s' of {lost} terminals is not stored: the model is not fitted to them")
 
@@ -686,7 +707,7 @@ class AMPL(nn.Module):
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
     def random_rows(self, table: Tensor, count: int) -> Tensor:
-        """Uniform rows of a table [N, ...], with replacement. -> [count, ...]"""
+        """Rows of a table [N, ...], drawn evenly with replacement. -> [count, ...]"""
         return table[torch.randint(len(table), (count,), device=self.device)]
 
     def sample_data(self, count: int) -> Batch:
@@ -743,22 +764,22 @@ class AMPL(nn.Module):
         # The losses of policy and discriminator. A policy that will not step needs no gradient.
         with torch.set_grad_enabled(step_actor):
             q_policy = self.q_policy(batch.obs, self.actor(batch.obs))  # [B]
-        regularizer, disc_loss = self.gan_losses(batch, step_actor)  # Eq. (15), (16)
+        regularizer, disc_loss = self.gan_losses(batch, step_actor)  # on batches of its own
         q_size = q_policy.detach().abs().mean()
         self.q_avg.copy_(torch.where(self.q_avg > 0, self.q_avg, q_size))  # the first batch sets it
         actor_loss = regularizer  # Paper: no warm-up. Code: 40,000 iterations with this alone.
         if not warmup:
             actor_loss = regularizer - (args.q_coef / self.q_avg) * q_policy.mean()  # Eq. (17)
 
-        # Both losses depend on both networks; `inputs` keeps the gradient of each to its own. The
-        # first backward pass leaves the shared graph to the second, which does not pass through
-        # the policy's weights, so that their step in between does no harm.
+        # In a policy step both losses share one graph. `inputs` gives each gradient only to the
+        # networks of its own optimizer, and retain_graph keeps the graph for the second backward
+        # pass. The policy's step in between is safe, because that pass never reaches its weights.
         # Paper: discriminator, then policy. Code: policy first, on losses from before both steps.
         if step_actor:
             self.actor_optimizer.zero_grad()
             actor_loss.backward(inputs=parameters_of(self.actor_optimizer), retain_graph=True)
             self.actor_optimizer.step()
-        if disc_loss is not None:
+        if disc_loss is not None:  # it is None only in variants without a discriminator
             self.discriminator_optimizer.zero_grad()
             disc_loss.backward(inputs=parameters_of(self.discriminator_optimizer))
             self.discriminator_optimizer.step()
@@ -841,7 +862,7 @@ class AMPL(nn.Module):
     def end_outside_data(
         self, reward: Tensor, next_obs: Tensor, ended: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A step beyond obs_limit or reward_limit ends, too, and its reward becomes -reward_limit.
+        """A step beyond obs_limit or reward_limit is terminated, too; its reward: -reward_limit.
 
         -> reward [B], terminated [B] (0 or 1)
         """
@@ -852,7 +873,8 @@ class AMPL(nn.Module):
 
     def rollout_action(self, obs: Tensor) -> Tensor:
         """The policy's actions in rollouts: [B, S] -> [B, A]."""
-        # Paper: a ~ pi(s). Code: one action for all rows, by mistake. Here: a ~ pi(s).
+        # Paper: a ~ pi(s). Code: by mistake one sampled action serves the whole batch. Here: as
+        # in the paper.
         return self.actor(obs)
 
     @torch.no_grad()
@@ -915,9 +937,9 @@ class AMPL(nn.Module):
             for name, tensor in model.layers.state_dict().items():
                 best_layers[name][improved] = tensor[improved]  # the first axis is the member
             idle_epochs = 0 if improved.any() else idle_epochs + 1
-            looks = {"model/holdout_error": error.mean(), "model/idle_epochs": idle_epochs}
+            judged = {"model/holdout_error": error.mean(), "model/idle_epochs": idle_epochs}
             phase = f"model fit {k}, patience {args.model_patience} epochs"
-            progress(phase, epoch + 1, None, logs | looks)
+            progress(phase, epoch + 1, None, logs | judged)
             if idle_epochs >= args.model_patience:
                 break
         model.layers.load_state_dict(best_layers)  # the bounds of log_std stay at their last values
@@ -948,7 +970,10 @@ class AMPL(nn.Module):
         return {"model/train_nll": loss.detach().mean()}
 
     def fit_loss(self, x: Tensor, y: Tensor, omega: Tensor) -> Tensor:
-        """What a fit minimises, of inputs x and targets y [M, B, ...] and omega [M, B]. -> [M]"""
+        """`model_loss` of the model, on inputs x and targets y [M, B, ...] and omega [M, B]. -> [M]
+
+        A variant with other outputs replaces it.
+        """
         mean, log_std = self.model(x)
         return model_loss(mean, log_std, y, omega)
 
@@ -1060,6 +1085,7 @@ class AMPL(nn.Module):
 
         Of `eval_candidates` sampled actions per state it takes the one with the largest value.
         """
+        # Paper: does not say. Code: this.
         candidates = self.args.eval_candidates
         states = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
         states = states.repeat_interleave(candidates, 0)  # [n * candidates, S]
@@ -1115,7 +1141,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
             ampl.fit_model(k, omega, run.progress)  # Eq. (6)
             np.save(run.folder / f"omega{i}.npy", omega.cpu())  # for the paper's Figure 2
         if i % args.rollout_every == 0:  # Paper: every iteration. Code: every 250.
-            reseed(args.seed, "rollout", i)  # rollouts and iterations draw apart
+            reseed(args.seed, "rollout", i)  # its draws do not shift those of the iterations
             rollout_logs = rollout()  # into D_model
             reseed(args.seed, "iterations", i)
         ampl.num_real.fill_(real_rows(i, args))
@@ -1129,7 +1155,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
         if run.iteration % args.log_every == 0 or save_now:
             run.log("training", logs | rollout_logs)  # stops at NaN, before a file could hold it
         if run.iteration % args.eval_every == 0 or last:
-            run.add_to_curve()
+            run.add_to_curve()  # evaluates the policy
         if save_now:
             run.save_checkpoint()
     return run.finish()
