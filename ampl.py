@@ -769,7 +769,7 @@ class AMPL(nn.Module):
         self.q_avg.copy_(torch.where(self.q_avg > 0, self.q_avg, q_size))  # the first batch sets it
         actor_loss = regularizer  # Paper: no warm-up. Code: 40,000 iterations with this alone.
         if not warmup:
-            actor_loss = regularizer - (args.q_coef / self.q_avg) * q_policy.mean()  # Eq. (17)
+            actor_loss = self.policy_loss(q_policy, regularizer)  # Eq. (17)
 
         # In a policy step both losses share one graph. `inputs` gives each gradient only to the
         # networks of its own optimizer, and retain_graph keeps the graph for the second backward
@@ -808,6 +808,10 @@ class AMPL(nn.Module):
     def q_policy(self, obs: Tensor, action: Tensor) -> Tensor:
         """The value that the policy raises, and by which `act` chooses: min_j Q_j. -> [B]"""
         return self.critic(obs, action).amin(0)
+
+    def policy_loss(self, q_policy: Tensor, regularizer: Tensor) -> Tensor:
+        """-lambda * the mean of q_policy [B] + L_g, where lambda = lambda' / Q_avg."""
+        return regularizer - (self.args.q_coef / self.q_avg) * q_policy.mean()  # Eq. (17)
 
     def gan_losses(self, batch: Batch, step_actor: bool) -> tuple[Tensor, Tensor | None]:
         """The regularizer of the policy, and the loss of the discriminator.
@@ -1061,21 +1065,22 @@ class AMPL(nn.Module):
         omega = self.omega(batch.obs, batch.action)
         loss = omega_loss(omega, omega_target, q_data[rows], q_next, q_initial, args.gamma)
         mean_omega = omega.mean()
+        self.move_omega(loss, mean_omega)
+        polyak(self.omega_critic_target, self.critic, args.omega_tau)
+        polyak(self.omega_target, self.omega, args.omega_tau)
+        return {"losses/omega_loss": loss.detach(), "omega/batch_mean": mean_omega.detach()}
 
-        # An Adam step on the gradient of the loss, adjusted and then clipped.
-        bound = args.omega_mean_bound
+    def move_omega(self, loss: Tensor, mean_omega: Tensor) -> None:
+        """An Adam step of omega on the gradient of the loss, adjusted and then clipped."""
+        bound = self.args.omega_mean_bound
         parameters = list(self.omega.parameters())
         loss_grads = torch.autograd.grad(loss, parameters, retain_graph=True)
         mean_grads = torch.autograd.grad(mean_omega, parameters)
         mean_omega = mean_omega.detach()
         for parameter, loss_grad, mean_grad in zip(parameters, loss_grads, mean_grads):
             parameter.grad = constrain_mean(loss_grad, mean_grad, mean_omega, bound)
-        nn.utils.clip_grad_norm_(parameters, args.omega_grad_norm)
+        nn.utils.clip_grad_norm_(parameters, self.args.omega_grad_norm)
         self.omega_optimizer.step()
-
-        polyak(self.omega_critic_target, self.critic, args.omega_tau)
-        polyak(self.omega_target, self.omega, args.omega_tau)
-        return {"losses/omega_loss": loss.detach(), "omega/batch_mean": mean_omega}
 
     # --- acting ---
 
