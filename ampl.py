@@ -2360,11 +2360,14 @@ def check_optimizers(method: nn.Module) -> None:
 
 
 def check_gradients(method: nn.Module) -> None:
-    """Stop if an optimizer has stepped on some of its parameters and no loss reaches the others."""
+    """Stop if an optimizer has moved some of its parameters and no loss reaches the others."""
     names = {parameter: name for name, parameter in method.named_parameters()}
     for optimizer_name, optimizer in optimizers_of(method):
         parameters = parameters_of(optimizer)
-        idle = [parameter for parameter in parameters if parameter.grad is None]
+        idle = []
+        for parameter in parameters:
+            if parameter.grad is None or not parameter.grad.any():
+                idle.append(parameter)
         if idle and len(idle) < len(parameters):
             name = names.get(idle[0], "a parameter outside the method")
             sys.exit(f"no loss reaches {name}, which {optimizer_name} should move")
