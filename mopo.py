@@ -1847,7 +1847,8 @@ class Run:
         episode.gif           at the end                   an episode, with --capture-video
 
     `method` is a module with `act`, `device`, `obs_dim`, `action_dim` and `acting`, the names of
-    the networks that `act` uses. `source` says which data it learns from: see load_dataset.
+    the networks that `act` uses. It may have `final_numbers`, of which result.json holds what it
+    returns. `source` says which data it learns from: see load_dataset.
     """
 
     def __init__(self, args: Args, method: nn.Module, source: dict):
@@ -2009,6 +2010,7 @@ class Run:
         self.bar.close()
         args = self.args
         seconds = time.monotonic() - self.started  # of training, with its evaluations
+        final_numbers = getattr(self.method, "final_numbers", dict)()  # dict() where it has none
         final = evaluate(self.method, args, args.final_episodes, 0)
         scores = [score for _, score in self.curve]
         mean_last_ten = np.mean(scores[-10:])
@@ -2025,6 +2027,7 @@ class Run:
             "mean_last_ten": mean_last_ten,
             "final_mean": final.mean(),
             "final_scores": final.tolist(),
+            **final_numbers,
             "total_iterations": self.iteration,
             "folder": str(self.folder),
             "steps_per_second": self.iteration / seconds,
@@ -2099,11 +2102,14 @@ def check_optimizers(method: nn.Module) -> None:
 
 
 def check_gradients(method: nn.Module) -> None:
-    """Stop if an optimizer has stepped on some of its parameters and no loss reaches the others."""
+    """Stop if an optimizer has moved some of its parameters and no loss reaches the others."""
     names = {parameter: name for name, parameter in method.named_parameters()}
     for optimizer_name, optimizer in optimizers_of(method):
         parameters = parameters_of(optimizer)
-        idle = [parameter for parameter in parameters if parameter.grad is None]
+        idle = []
+        for parameter in parameters:
+            if parameter.grad is None or not parameter.grad.any():
+                idle.append(parameter)
         if idle and len(idle) < len(parameters):
             name = names.get(idle[0], "a parameter outside the method")
             sys.exit(f"no loss reaches {name}, which {optimizer_name} should move")
