@@ -2108,7 +2108,8 @@ class Run:
         episode.gif           at the end                   an episode, with --capture-video
 
     `method` is a module with `act`, `device`, `obs_dim`, `action_dim` and `acting`, the names of
-    the networks that `act` uses. `source` says which data it learns from: see load_dataset.
+    the networks that `act` uses. It may have `final_numbers`, of which result.json holds what it
+    returns. `source` says which data it learns from: see load_dataset.
     """
 
     def __init__(self, args: Args, method: nn.Module, source: dict):
@@ -2270,6 +2271,9 @@ class Run:
         self.bar.close()
         args = self.args
         seconds = time.monotonic() - self.started  # of training, with its evaluations
+        final_numbers = {}
+        if hasattr(self.method, "final_numbers"):
+            final_numbers = self.method.final_numbers()
         final = evaluate(self.method, args, args.final_episodes, 0)
         scores = [score for _, score in self.curve]
         mean_last_ten = np.mean(scores[-10:])
@@ -2286,6 +2290,7 @@ class Run:
             "mean_last_ten": mean_last_ten,
             "final_mean": final.mean(),
             "final_scores": final.tolist(),
+            **final_numbers,
             "total_iterations": self.iteration,
             "folder": str(self.folder),
             "steps_per_second": self.iteration / seconds,

@@ -6,31 +6,60 @@
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
 # ///
-"""COMBO: conservative offline model-based policy optimisation, in one file.
+"""COMBO, Conservative Offline Model-Based Policy Optimization, in one file (Yu et al. 2021).
 
-Yu, Kumar, Rafailov, Rajeswaran, Levine, Finn: COMBO: Conservative Offline Model-Based Policy
-Optimization, NeurIPS 2021. A penalty such as MOPO's needs a model that knows where it errs. COMBO
-does without: it trains SAC on data and model rollouts, and pushes Q down at actions of the policy
-and random ones, up on the data's pairs. What lies out of the data's reach ends up low.
+COMBO learns a policy from a fixed dataset D, helped by rollouts in a learned model of the
+environment. A policy that is optimised in a model finds the states where the model errs in its
+favour. MOPO takes a price for the model's uncertainty, and so needs a model that knows where it
+errs. COMBO does without: it teaches the critic to be pessimistic wherever the policy leaves the
+data. Its critic Q minimises, Eq. (2):
 
-Algorithm 1, with the equations as they are tagged below:
+    beta (E_rho[Q(s, a)] - E_D[Q(s, a)]) + 1/2 E_df[(Q(s, a) - r - gamma Q'(s', a'))^2]
+
+The second term is the Bellman error on d_f, a mixture of data and rollouts. The first term, the
+conservative gap, lowers Q on rho, the policy's actions at states of the rollouts, and raises it on
+the pairs of the data. Where rho and the data agree both cancel. With beta large enough the learned
+values of the policy are, on average over first states, no higher than the true ones (Prop. 4.1).
+
+Algorithm 1, made concrete on SAC and on MOPO's model:
 
     fit an ensemble of Gaussian models of (reward, next state) to the data, once
-    for each iteration:
-        every `rollout_every`: roll out in the model from stored states, `horizon` steps, into a
-            FIFO buffer
-        sample a batch, a share f from the data and the rest from the buffer
-        critics: Bellman error, plus beta (E_rho[Q] - E_D[Q])                         Eq. (2)
-        policy and temperature, target critics                                        Eq. (3)
+    for every iteration:
+        every `rollout_every` iterations:
+            let mu (the policy, or uniform actions) act in the model from states of the data, for
+            `horizon` steps, into the buffer D_model
+        sample a batch from d_f: a share f from the data, the rest from D_model
+        critics: one step down the Bellman error + beta * the conservative gap        Eq. (2)
+        policy: raise Q and the entropy                                               Eq. (3)
+        temperature: steer the entropy to `target_entropy`
+        targets: the slow copies of the critics follow them
 
-No code was released with the paper, and its main text leaves many constants to an appendix: those
-marked `(recalled)` are from memory, not read. Public re-implementations differ from one another.
-Eq. (1), (4) and (5) are theory and have no line. The model is MOPO's: `--dynamics-from` also takes
-a run of mopo.py. `--select` chooses beta and f without the environment. What follows `main` may be
-skipped. The method uses of it above all `reseed` (a seed for each phase), `capture` (a step, on a
-GPU as a CUDA graph), `known_termination` (a task's rule of ending), `load_dataset` and `Run`.
+The paper's symbols. An observation has S numbers, an action A. B and M are the sizes of the batch
+and of the model (members) at hand, n is `num_actions`.
 
-Run: `python combo.py --env-id hopper-medium-replay-v2`. Settings of the paper's tasks: `PAPER`.
+    s, a, r, s'      obs, action, reward, next_obs    [B, S], [B, A], [B], [B, S]
+    D, D_model       data, model_data                 [rows, S + A + 1 + S + 1], a transition a row
+    d_f              a batch of `sample_mixed`        data in the first rows, then D_model
+    rho              states: `rows_of_rho`; actions: `proposals`, n of each kind
+    mu               rollout_actions                  who acts in rollouts
+    pi               actor                            [B, S] -> mean, log_std [B, A]
+    Q_j, Q'_j        critic, critic_target            [B, S], [B, A] -> [2, B]
+    T^               model; elites, its best members  [M, B, S + A] -> mean, log_std [M, B, 1 + S]
+    beta, f          beta, real_fraction
+    alpha            exp(log_alpha), SAC's temperature
+
+The authors released no code with the paper (NeurIPS 2021). Its main text lets all but the critic
+follow MOPO, and leaves many constants to an appendix. What is from memory of that appendix is
+marked (recalled); public re-implementations differ from one another. What COMBO takes from MOPO is
+as in MOPO's code: a note `# Paper: ... Code: ...` marks where MOPO's paper and code differ, and
+this file follows the code, unless the note ends with `Here: ...`. Eq. (1), (4) and (5) are theory
+and have no line.
+
+`--select` chooses between finished runs with the paper's offline rule, `--probe-uncertainty` draws
+a figure after Figure 2, and `--dynamics-from` also takes a run of mopo.py. What follows `main` is
+plumbing and may be skipped; the method uses of it above all `capture` (a step as a CUDA graph; on a
+CPU the step itself), `reseed` (a seed for each phase) and `known_termination` (a task's rule of
+ending).
 """
 
 import contextlib
@@ -41,7 +70,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -50,9 +78,9 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import gymnasium
 import h5py
@@ -71,762 +99,968 @@ from tqdm import tqdm
 
 
 # ===== 1. Arguments ===============================================================================
+# The types of numbers, with the range that a value must lie in.
+class Range(NamedTuple):
+    """From `low` to `high`, both included, unless low_is_allowed is False."""
+
+    low: float
+    high: float = math.inf
+    low_is_allowed: bool = True
+
+
+Count = Annotated[int, Range(1), tyro.conf.arg(metavar="INT>=1")]
+CountOrZero = Annotated[int, Range(0), tyro.conf.arg(metavar="INT>=0")]
+Share = Annotated[float, Range(0, 1), tyro.conf.arg(metavar="0..1")]
+Positive = Annotated[float, Range(0, low_is_allowed=False), tyro.conf.arg(metavar="FLOAT>0")]
+NonNegative = Annotated[float, Range(0), tyro.conf.arg(metavar="FLOAT>=0")]
+
+
+# Defaults are MOPO's code's for all that COMBO takes from MOPO. COMBO's own are marked: (paper);
+# (recalled), from memory of the paper's appendix and not read; (ours). For the flags marked (task)
+# the paper's tasks have values of their own: see PAPER.
 @dataclasses.dataclass
 class Args:
-    # --- experiment ---
-    env_id: str = "hopper-medium-replay-v2"  # of PAPER or D4RL, or a gymnasium id + --dataset-path
-    seed: int = 0  # learner i is labelled seed + i; alone, --seed seed+i gives another run
-    num_seeds: int = 1  # independent learners trained side by side (the paper reports 6)
-    total_iterations: int = 1_000_000  # of the main loop (MOPO's code: 1000 epochs of 1000)
-    run_dir: str = "runs"  # folder that receives the run's own folder
-    resume: str | None = None  # go on with this run folder; only --total-iterations may be new
-    evaluate: str | None = None  # only score the policy saved in this run folder
-    dynamics_from: str | None = None  # take the model from this run folder instead of fitting it
-    # --- tracking and saving ---
-    track: bool = False  # also log to Weights and Biases (needs `pip install wandb`)
-    wandb_project_name: str = "combo"  # project of --track
-    wandb_entity: str | None = None  # team of --track
-    log_every: int = 1000  # iterations between two points in TensorBoard
-    checkpoint_every: int = 10_000  # at least so many iterations apart, on a GPU also a minute
-    capture_video: bool = False  # render an episode to episode.gif (no screen: MUJOCO_GL=egl)
-    # --- data ---
-    dataset_path: str | None = None  # HDF5 of D4RL or Minari; else D4RL's folder, else its server
-    # --- world model ---
-    ensemble_size: int = 7  # members (MOPO's code)
-    num_elites: int = 5  # members with the lowest hold-out error make predictions (MOPO's code)
-    model_hidden: int = 200  # width of the four hidden layers (MOPO's code)
-    model_lr: float = 1e-3  # Adam (MOPO's code)
-    model_batch_size: int = 256  # rows per member and step (MOPO's code)
-    model_weight_decay: tuple[float, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # of each layer
-    model_patience: int = 6  # epochs in which no member improved that end a fit (MOPO's code)
-    model_max_epochs: int = 10_000  # at most this many epochs per fit (MOPO's code: no limit)
-    holdout_size: int = 1000  # rows held out, at most a fifth of the data (MOPO's code)
+    # --- task and data ---
+    env_id: str = "hopper-medium-replay-v2"  # task in PAPER, D4RL or gymnasium
+    dataset_path: str | None = None  # HDF5 file (default: the task's in D4RL's folder)
+    seed: CountOrZero = 0  # seed of all random draws (the paper reports six)
+    total_iterations: Count = 1_000_000  # iterations of the main loop (task)
+    # --- model ---
+    ensemble_size: Count = 7  # members of the model
+    num_elites: Count = 5  # members that predict, those with the lowest hold-out error
+    model_hidden: Count = 200  # width of each member's four hidden layers
+    model_lr: Positive = 1e-3  # Adam learning rate of the model
+    model_batch_size: Count = 256  # rows per member and step
+    model_weight_decay: tuple[NonNegative, ...] = (2.5e-5, 5e-5, 7.5e-5, 7.5e-5, 1e-4)  # by layer
+    model_patience: Count = 6  # epochs without improvement before the fit stops
+    model_max_epochs: Count = 10_000  # maximum epochs of the fit (ours: MOPO's code has none)
+    holdout_size: Count = 1000  # held-out rows, at most a fifth of the data
     # --- rollouts ---
-    horizon: int = 5  # model steps per rollout (per task)
-    rollout_every: int = 1000  # iterations between two refreshes of the buffer (MOPO's code)
-    rollout_starts: int = 50_000  # rollouts per refresh (MOPO's code)
-    rollout_retain: int = 5  # refreshes that the buffer holds, first in first out (MOPO's code)
-    rollout_actions: Literal["policy", "uniform"] = "policy"  # mu, who acts (recalled, per task)
-    real_fraction: float = 0.5  # share f of real rows in a batch (recalled, per task)
-    # --- critic ---
-    gamma: float = 0.99  # discount (MOPO's code)
-    tau: float = 0.005  # Polyak rate of the target critic (MOPO's code)
-    batch_size: int = 256  # rows per iteration (MOPO's code)
-    critic_lr: float = 3e-4  # Adam (recalled, per task)
+    horizon: Count = 5  # rollout length (task)
+    rollout_every: Count = 1000  # iterations between rollout phases
+    rollout_starts: Count = 50_000  # rollouts per phase
+    rollout_retain: Count = 5  # rollout phases that D_model holds
+    rollout_actions: Literal["policy", "uniform"] = "policy"  # mu, who acts in rollouts (task)
+    real_fraction: Share = 0.5  # share f of data rows in a batch (recalled, task)
+    # --- critics ---
+    beta: NonNegative = 1.0  # weight of the conservative gap E_rho[Q] - E_D[Q] (recalled, task)
+    num_actions: Count = 10  # n of the 3 n actions per state in that gap (recalled)
+    rho_states: Literal["mixed", "model"] = "mixed"  # states of rho: d_f's, or D_model's (task)
+    gamma: Share = 0.99  # discount factor
+    tau: Share = 0.005  # soft-update rate of the critics' targets
+    batch_size: Count = 256  # batch size B
+    critic_lr: Positive = 3e-4  # Adam learning rate of the critics (recalled, task)
     # --- policy ---
-    hidden: tuple[int, ...] = (256, 256, 256)  # hidden layers of policy and critics (recalled)
-    actor_lr: float = 1e-4  # Adam of the policy (recalled, per task)
-    alpha_lr: float = 3e-4  # Adam of the temperature alpha, which starts at 1 (MOPO's code)
-    target_entropy: float = -3.0  # that alpha steers to (MOPO's code; OfflineRL-Kit: -dim(A))
-    # --- conservative critic ---
-    beta: float = 1.0  # weight of E_rho[Q] - E_D[Q] (recalled, per task)
-    num_actions: int = 10  # actions per state: uniform, of pi(.|s), of pi(.|s') (recalled)
-    rho_states: Literal["mixed", "model"] = "mixed"  # of d_f (paper), or the model's (per task)
-    select: bool = False  # train all pairs of the next two on one model, choose one of them
-    select_beta: tuple[float, ...] = (0.5, 1.0, 5.0)  # values of beta to try (recalled)
-    select_real_fraction: tuple[float, ...] = (0.5, 0.8)  # values of f to try (recalled)
-    probe_uncertainty: str | None = None  # only draw a figure after Figure 2 for this run's model
+    hidden: tuple[Count, ...] = (256, 256, 256)  # hidden widths of policy, critics (recalled)
+    actor_lr: Positive = 1e-4  # Adam learning rate of the policy (recalled, task)
+    alpha_lr: Positive = 3e-4  # Adam learning rate of the temperature alpha, which starts at 1
+    target_entropy: float = -3.0  # entropy that alpha steers to (on all tasks, and not -A)
     # --- evaluation ---
-    eval_every: int = 1000  # iterations between two evaluations (MOPO's code)
-    eval_episodes: int = 10  # episodes per evaluation (MOPO's code)
-    final_episodes: int = 100  # episodes after training (ours: ten have an error of many points)
-    async_envs: bool | None = None  # a process per episode; default: on a GPU machine with 8 cores
-    # --- speed ---
-    cuda: bool = True  # train on the GPU where there is one
-    cuda_graphs: bool = True  # record the training steps as CUDA graphs (no effect on a CPU)
-    tf32: bool = False  # let the GPU round inputs of products to 10 bits: faster, errors of 1e-3
-    cpu_fast_matmul: bool = True  # oneDNN for fp32 products, where a self-check finds fp32 accuracy
-    threads: int = 0  # CPU threads of torch; 0 leaves torch's default
+    eval_every: Count = 1000  # iterations between evaluations
+    eval_episodes: Count = 10  # episodes per evaluation
+    final_episodes: Count = 100  # episodes of the last evaluation (ours: ten are too noisy)
+    # --- how it runs (ours) ---
+    run_dir: str = "runs"  # parent of the run folders
+    resume: str | None = None  # folder of a run to continue; only --total-iterations may change
+    evaluate: str | None = None  # folder of a run whose policy is scored, without training
+    select: tuple[str, ...] | None = None  # folders of runs of which one is chosen, without scores
+    probe_uncertainty: str | None = None  # folder of a run whose model's errors are drawn
+    dynamics_from: str | None = None  # run whose model replaces the fit
+    track: bool = False  # logging to Weights and Biases as well (needs `pip install wandb`)
+    wandb_project_name: str = "combo"  # project that --track logs to
+    wandb_entity: str | None = None  # team that --track logs to
+    capture_video: bool = False  # an episode as episode.gif (without a screen: MUJOCO_GL=egl)
+    log_every: Count = 1000  # iterations between TensorBoard's points
+    checkpoint_every: Count = 10_000  # iterations between checkpoints
+    async_envs: bool | None = None  # evaluation in processes (default: with a GPU and 8 cores)
+    cuda: bool = True  # training on the GPU, if there is one
+    cuda_graphs: bool = True  # recording of training steps as CUDA graphs (GPU)
+    tf32: bool = False  # faster, less exact matrix products, with errors of 1e-3 (GPU)
+    cpu_fast_matmul: bool = True  # oneDNN matrix products, if a test finds them exact (CPU)
+    threads: CountOrZero = 0  # CPU threads of torch (0: torch's default)
 
 
-# All recalled from the paper's appendix, partly confirmed by d3rlpy's script and by the sets that
-# unifloral sweeps. The main text names no version of the datasets: -v2 and -v0 have the same here.
-# OfflineRL-Kit's table for -v2 holds cql_weight, twice our beta (its Bellman term has no 1/2), and
-# was tuned with a log-sum-exp over 3 actions instead of 30: it is another one.
-TASKS = {
-    "halfcheetah-random":        (0.5, 5, 0.5, 3e-4, 1e-4, "mixed", "policy"),
-    "halfcheetah-medium":        (0.5, 5, 0.5, 3e-4, 1e-4, "mixed", "policy"),
-    "halfcheetah-medium-replay": (0.5, 5, 0.5, 3e-4, 1e-4, "mixed", "policy"),
-    "halfcheetah-medium-expert": (0.5, 5, 0.5, 3e-4, 1e-4, "mixed", "policy"),
-    "hopper-random":             (1.0, 5, 0.5, 3e-4, 1e-4, "model", "uniform"),
-    "hopper-medium":             (5.0, 5, 0.5, 3e-4, 1e-4, "model", "uniform"),
-    "hopper-medium-replay":      (1.0, 5, 0.5, 3e-4, 1e-4, "model", "uniform"),
-    "hopper-medium-expert":      (5.0, 5, 0.5, 3e-4, 1e-4, "model", "uniform"),
-    "walker2d-random":           (0.5, 1, 0.5, 1e-4, 1e-5, "mixed", "policy"),
-    "walker2d-medium":           (5.0, 1, 0.8, 1e-4, 1e-5, "mixed", "policy"),
-    "walker2d-medium-replay":    (0.5, 1, 0.5, 1e-4, 1e-5, "mixed", "policy"),
-    "walker2d-medium-expert":    (5.0, 1, 0.8, 1e-4, 1e-5, "mixed", "policy"),
+# All of it is recalled from the paper's appendix, and in part confirmed by d3rlpy's script and by
+# the values that unifloral sweeps. Only total_iterations is MOPO's code's. The main text names no
+# version of the datasets, so -v0 and -v2 have the same values. OfflineRL-Kit's values for -v2 are
+# no substitute: its weight is twice our beta (its Bellman error has no 1/2), and it was tuned with
+# a log-sum-exp over 3 actions instead of 30.
+PAPER_FLAGS = (
+    "beta", "horizon", "real_fraction", "critic_lr", "actor_lr", "rho_states", "rollout_actions",
+    "total_iterations",
+)  # fmt: skip
+PAPER = {
+    # task: beta, horizon, real_fraction, critic_lr, actor_lr, rho_states, rollout_actions,
+    #       total_iterations
+    "halfcheetah-random-v0":       (0.5,  5, 0.5, 3e-4, 1e-4, "mixed", "policy", 1_000_000),
+    "halfcheetah-medium-v0":       (0.5,  5, 0.5, 3e-4, 1e-4, "mixed", "policy", 1_000_000),
+    "halfcheetah-medium-replay-v0":(0.5,  5, 0.5, 3e-4, 1e-4, "mixed", "policy", 1_000_000),
+    "halfcheetah-medium-expert-v0":(0.5,  5, 0.5, 3e-4, 1e-4, "mixed", "policy", 1_000_000),
+    "hopper-random-v0":            (1.0,  5, 0.5, 3e-4, 1e-4, "model", "uniform", 1_000_000),
+    "hopper-medium-v0":            (5.0,  5, 0.5, 3e-4, 1e-4, "model", "uniform", 1_000_000),
+    "hopper-medium-replay-v0":     (1.0,  5, 0.5, 3e-4, 1e-4, "model", "uniform", 1_000_000),
+    "hopper-medium-expert-v0":     (5.0,  5, 0.5, 3e-4, 1e-4, "model", "uniform", 1_000_000),
+    "walker2d-random-v0":          (0.5,  1, 0.5, 1e-4, 1e-5, "mixed", "policy", 1_000_000),
+    "walker2d-medium-v0":          (5.0,  1, 0.8, 1e-4, 1e-5, "mixed", "policy", 1_000_000),
+    "walker2d-medium-replay-v0":   (0.5,  1, 0.5, 1e-4, 1e-5, "mixed", "policy", 1_000_000),
+    "walker2d-medium-expert-v0":   (5.0,  1, 0.8, 1e-4, 1e-5, "mixed", "policy", 1_000_000),
+    "halfcheetah-random-v2":       (0.5,  5, 0.5, 3e-4, 1e-4, "mixed", "policy", 1_000_000),
+    "halfcheetah-medium-v2":       (0.5,  5, 0.5, 3e-4, 1e-4, "mixed", "policy", 1_000_000),
+    "halfcheetah-medium-replay-v2":(0.5,  5, 0.5, 3e-4, 1e-4, "mixed", "policy", 1_000_000),
+    "halfcheetah-medium-expert-v2":(0.5,  5, 0.5, 3e-4, 1e-4, "mixed", "policy", 1_000_000),
+    "hopper-random-v2":            (1.0,  5, 0.5, 3e-4, 1e-4, "model", "uniform", 1_000_000),
+    "hopper-medium-v2":            (5.0,  5, 0.5, 3e-4, 1e-4, "model", "uniform", 1_000_000),
+    "hopper-medium-replay-v2":     (1.0,  5, 0.5, 3e-4, 1e-4, "model", "uniform", 1_000_000),
+    "hopper-medium-expert-v2":     (5.0,  5, 0.5, 3e-4, 1e-4, "model", "uniform", 1_000_000),
+    "walker2d-random-v2":          (0.5,  1, 0.5, 1e-4, 1e-5, "mixed", "policy", 1_000_000),
+    "walker2d-medium-v2":          (5.0,  1, 0.8, 1e-4, 1e-5, "mixed", "policy", 1_000_000),
+    "walker2d-medium-replay-v2":   (0.5,  1, 0.5, 1e-4, 1e-5, "mixed", "policy", 1_000_000),
+    "walker2d-medium-expert-v2":   (5.0,  1, 0.8, 1e-4, 1e-5, "mixed", "policy", 1_000_000),
+    "halfcheetah-jump-v0":         (1.0,  5, 0.5, 3e-4, 1e-4, "mixed", "policy", 3_000_000),
+    "ant-angle-v0":                (1.0, 25, 0.5, 3e-4, 1e-4, "mixed", "uniform", 3_000_000),
 }  # fmt: skip
-PAPER_FLAGS = ("beta", "horizon", "real_fraction", "critic_lr", "actor_lr", "rho_states")
-PAPER_FLAGS += ("rollout_actions", "total_iterations")  # the last as in MOPO's code (inferred)
-PAPER = {f"{task}-{v}": (*row, 1_000_000) for task, row in TASKS.items() for v in ("v0", "v2")}
-PAPER["halfcheetah-jump-v0"] = (1.0, 5, 0.5, 3e-4, 1e-4, "mixed", "policy", 3_000_000)
-PAPER["ant-angle-v0"] = (1.0, 25, 0.5, 3e-4, 1e-4, "mixed", "uniform", 3_000_000)
-
-
-def check_args(args: Args) -> None:
-    """Refuse what makes no sense. Raises SystemExit."""
-    if args.num_elites > args.ensemble_size:
-        sys.exit("--num-elites must fit --ensemble-size")
-    if not pairs(args) or args.select and args.num_seeds not in (1, len(pairs(args))):
-        sys.exit("--select trains a learner for each pair of its two lists: leave out --num-seeds")
-    lists = args.select_beta, args.select_real_fraction
-    if not args.select and lists != (Args.select_beta, Args.select_real_fraction):
-        sys.exit("--select-beta and --select-real-fraction are for --select: add it")
-    if min(real_rows(args)) < 1:
-        sys.exit("a batch needs a row of data: raise --real-fraction or --batch-size")
-    if args.rho_states == "model" and max(real_rows(args)) >= args.batch_size:
-        sys.exit("--rho-states model needs model rows in a batch: lower --real-fraction")
-
-
-def pairs(args: Args) -> list[tuple[float, float]]:
-    """(beta, f) of every learner: the pairs that --select tries, else one for all."""
-    if args.select:
-        return list(itertools.product(args.select_beta, args.select_real_fraction))
-    return [(args.beta, args.real_fraction)] * args.num_seeds
-
-
-def real_rows(args: Args) -> list[int]:
-    """Rows of a batch that are data, for every learner."""
-    return [int(fraction * args.batch_size) for _, fraction in pairs(args)]
 
 
 # ===== 2. Networks ================================================================================
-# Several learners (seeds) train side by side: every parameter and batch carries their axis first.
-# Shapes: L learners (read it as 1), M members of the ensemble, E elites, B rows of a batch, N rows
-# of the data, n of a fit, S observation, A action, C = 2S + A + 2.
-Logs = dict[str, Tensor]  # what a step reports, [L] each
+Scalars = dict[str, Tensor]  # what a step reports, by TensorBoard's names; stays on the device
+# What a long phase reports to: its name, how much is done, of how much (None: unknown), scalars.
+Progress = Callable[[str, int, int | None, Scalars], None]
 
 
 class Batch(NamedTuple):
-    """Rows [L, B, ...], stored side by side as [..., C]; no row is at a time limit."""
+    """Transitions. Rows cut off by a time limit were dropped on loading, so `terminated` always
+    means a real end."""
 
-    obs: Tensor
-    action: Tensor
-    reward: Tensor
-    next_obs: Tensor
-    terminated: Tensor  # 0 or 1
+    obs: Tensor  # [B, S]
+    action: Tensor  # [B, A]
+    reward: Tensor  # [B]
+    next_obs: Tensor  # [B, S]
+    terminated: Tensor  # [B], 0 or 1
 
 
-class Linear(nn.Module):
-    """torch.nn.Linear for every learner and member at once: weight [*lead, in, out].
+def mlp(n_in: int, hidden: tuple[int, ...], n_out: int) -> nn.Sequential:
+    """Hidden layers with ReLU: [B, n_in] -> [B, n_out].
 
-    lead is (L,) for the policy, (L, 2) for the critics, (L, M) for the model. forward:
-    [G, B, in] -> [G, B, out] with G the product of lead, as one batched product.
+    Weights start Glorot-uniform and biases at zero, as in Keras, which MOPO's code uses.
     """
-
-    def __init__(self, lead: tuple[int, ...], n_in: int, n_out: int):
-        super().__init__()
-        bound = 1 / math.sqrt(n_in)
-        self.weight = nn.Parameter(torch.empty(*lead, n_in, n_out).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(*lead, 1, n_out).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias.flatten(0, -3), x, self.weight.flatten(0, -3))
-
-
-class MLP(nn.Module):
-    """Hidden layers with ReLU. forward: [*lead, B, in] -> [*lead, B, out]"""
-
-    def __init__(self, lead: tuple[int, ...], n_in: int, hidden: tuple[int, ...], n_out: int):
-        super().__init__()
-        sizes = [n_in, *hidden, n_out]
-        self.layers = nn.ModuleList(Linear(lead, i, o) for i, o in zip(sizes, sizes[1:]))
-        for layer in self.layers:  # Keras' choice: Glorot-uniform weights, biases zero
-            bound = math.sqrt(6 / sum(layer.weight.shape[-2:]))
-            nn.init.uniform_(layer.weight, -bound, bound)
+    layers = []
+    for width in hidden:
+        layers.append(nn.Linear(n_in, width))
+        layers.append(nn.ReLU(inplace=True))
+        n_in = width
+    layers.append(nn.Linear(n_in, n_out))
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        shape, x = x.shape[:-1], x.flatten(0, -3)
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x), inplace=True)
-        return self.layers[-1](x).view(*shape, -1)
+    return nn.Sequential(*layers)
 
 
 class GaussianPolicy(nn.Module):
-    """a = tanh(u) with u ~ N(mean(s), std(s)^2), every entry by itself.
-
-    forward: obs [L, B, S] -> mean and log_std of u, [L, B, A] each.
-    """
+    """SAC's policy: a = tanh(u) with u ~ N(mean(s), std(s)^2), every entry by itself."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.net = MLP((args.num_seeds,), obs_dim, args.hidden, 2 * action_dim)
+        self.net = mlp(obs_dim, args.hidden, 2 * action_dim)
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, S] -> mean and log_std of u, [B, A] each."""
         mean, log_std = self.net(obs).chunk(2, -1)
-        return mean, log_std.clamp(-20, 2)  # MOPO's code
+        return mean, log_std.clamp(-20, 2)
 
     def sample(self, obs: Tensor) -> tuple[Tensor, Tensor]:
-        """obs [L, B, S] -> an action per state [L, B, A] and its log-density [L, B]."""
-        action, log_prob = self.samples(obs, 1)
-        return action.squeeze(2), log_prob.squeeze(2)
+        """[B, S] -> an action per state [B, A] and its log-density [B]."""
+        mean, log_std = self(obs)
+        return squashed_sample(mean, log_std, torch.randn_like(mean))
 
     def samples(self, obs: Tensor, n: int) -> tuple[Tensor, Tensor]:
-        """obs [L, B, S] -> n actions per state [L, B, n, A] and their log-densities [L, B, n]."""
-        mean, log_std = (x.unsqueeze(2) for x in self(obs))
-        noise = torch.randn(*obs.shape[:2], n, mean.shape[-1], device=obs.device)
-        u = mean + log_std.exp() * noise
-        log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-        # log(1 - tanh(u)^2) in a form that stays finite where tanh(u) rounds to 1.
-        squash = 2 * (math.log(2) - u - F.softplus(-2 * u))
-        return torch.tanh(u), (log_prob - squash).sum(-1)
+        """[B, S] -> n actions per state [B, n, A] and their log-densities [B, n]."""
+        mean, log_std = self(obs)
+        noise = torch.randn(len(mean), n, mean.shape[1], device=mean.device)
+        return squashed_sample(mean[:, None], log_std[:, None], noise)
+
+
+def squashed_sample(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """tanh(u) with u = mean + std * noise, all [..., A], and its log-density [...]."""
+    u = mean + log_std.exp() * noise
+    log_density = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)  # of u
+    # The tanh shrinks lengths by 1 - tanh(u)^2. In this form its logarithm stays finite where
+    # tanh(u) rounds to 1.
+    log_shrinkage = 2 * (math.log(2) - u - F.softplus(-2 * u))
+    return torch.tanh(u), (log_density - log_shrinkage).sum(-1)
 
 
 class TwinCritic(nn.Module):
-    """Q_1 and Q_2. forward: obs [L, B, S], action [L, B, A] -> [L, 2, B]."""
+    """Q_1 and Q_2."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.net = MLP((args.num_seeds, 2), obs_dim + action_dim, args.hidden, 1)
+        self.q1 = mlp(obs_dim + action_dim, args.hidden, 1)
+        self.q2 = mlp(obs_dim + action_dim, args.hidden, 1)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = torch.cat([obs, action], -1).unsqueeze(1)  # [L, 1, B, S + A]
-        return self.net(x.expand(-1, 2, -1, -1)).squeeze(-1)
+        """Both values: [B, S], [B, A] -> [2, B]."""
+        x = torch.cat([obs, action], -1)
+        q = torch.cat([self.q1(x), self.q2(x)], -1)  # [B, 2]
+        return q.T
 
 
-class DynamicsEnsemble(nn.Module):
-    """M Gaussian models of (reward, next_obs - obs) in their own units; inputs are normalised.
+class EnsembleLinear(nn.Module):
+    """M layers like nn.Linear side by side, computed as one batched product."""
 
-    forward: normalised inputs [L, M, B, S + A] -> mean, log_std [L, M, B, 1 + S].
+    def __init__(self, members: int, n_in: int, n_out: int):
+        super().__init__()
+        # Paper: spectral norm. Code: none, taken out soon after the release.
+        std = 1 / (2 * math.sqrt(n_in))
+        self.weight = nn.Parameter(torch.empty(members, n_in, n_out))
+        nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
+        self.bias = nn.Parameter(torch.zeros(members, 1, n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[M, B, n_in] -> [M, B, n_out], member m on its own rows x[m]."""
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class ModelEnsemble(nn.Module):
+    """M Gaussian models of (reward, next_obs - obs).
+
+    Inputs are standardised. Targets stay in their own units.
     """
 
-    def __init__(self, lead: tuple[int, int], obs_dim: int, action_dim: int, args: Args):
+    def __init__(self, obs_dim: int, action_dim: int, args: Args, members: int):
         super().__init__()
-        sizes = [obs_dim + action_dim] + 4 * [args.model_hidden]
-        self.lead = lead  # learners and members
-        self.trunk = nn.ModuleList(Linear(lead, i, o) for i, o in zip(sizes, sizes[1:]))
-        self.heads = Linear(lead, sizes[-1], 2 * (1 + obs_dim))  # mean and log_var side by side
-        # MOPO's paper: spectral norm. MOPO's code: taken out soon after the release. Here: code.
-        for layer in [*self.trunk, self.heads]:
-            std = 1 / (2 * math.sqrt(layer.weight.shape[-2]))
-            nn.init.trunc_normal_(layer.weight, std=std, a=-2 * std, b=2 * std)
-            nn.init.zeros_(layer.bias)
-        # Soft bounds of the log-variance, learned, shared by a learner's members (MOPO's code).
-        self.max_log_var = nn.Parameter(torch.full((lead[0], 1, 1, 1 + obs_dim), 0.5))
-        self.min_log_var = nn.Parameter(torch.full((lead[0], 1, 1, 1 + obs_dim), -10.0))
-        self.register_buffer("input_mean", torch.zeros(obs_dim + action_dim))
-        self.register_buffer("input_std", torch.ones(obs_dim + action_dim))
-        self.register_buffer("member", torch.arange(lead[1]), persistent=False)
+        self.members = members
+        n_in = obs_dim + action_dim
+        n_out = 1 + obs_dim
+        width = args.model_hidden
+        self.layers = nn.ModuleList(
+            [
+                EnsembleLinear(members, n_in, width),
+                EnsembleLinear(members, width, width),
+                EnsembleLinear(members, width, width),
+                EnsembleLinear(members, width, width),
+                EnsembleLinear(members, width, 2 * n_out),  # mean and log_var side by side
+            ]
+        )
+        # Bounds of the log-variance, learned and shared by the members, as in PETS (Chua et al.
+        # 2018).
+        self.max_log_var = nn.Parameter(torch.full((n_out,), 0.5))
+        self.min_log_var = nn.Parameter(torch.full((n_out,), -10.0))
+        self.register_buffer("input_mean", torch.zeros(n_in))
+        self.register_buffer("input_std", torch.ones(n_in))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        shape, x = x.shape[:-1], x.flatten(0, -3)
-        for layer in self.trunk:
-            x = F.silu(layer(x), inplace=not torch.is_grad_enabled())  # backward needs layer(x)
-        mean, log_var = self.heads(x).view(*shape, -1).chunk(2, -1)
-        log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
-        log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)
-        return mean, 0.5 * log_var
+    # --- training: standardised inputs to a Gaussian ---
 
-    def members(self) -> list[Tensor]:
-        """The parameters of the members, [L, M, ...] each: all but the two bounds."""
-        return [p for layer in [*self.trunk, self.heads] for p in layer.parameters()]
+    def inputs_and_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the model predicts from what: [B, S + A] and [B, 1 + S], in the data's units."""
+        inputs = torch.cat([batch.obs, batch.action], -1)
+        targets = torch.cat([batch.reward[:, None], batch.next_obs - batch.obs], -1)
+        return inputs, targets
 
     @torch.no_grad()
-    def normalise_by(self, inputs: Tensor) -> None:
-        """Set the units of the inputs from data rows [N, S + A]."""
+    def set_statistics(self, inputs: Tensor) -> None:
+        """Keep mean and standard deviation of inputs [N', S + A]."""
         std, mean = torch.std_mean(inputs.double(), 0, correction=0)
         self.input_mean.copy_(mean)
         self.input_std.copy_(torch.where(std < 1e-12, 1.0, std))
 
+    def standardise(self, inputs: Tensor) -> Tensor:
+        """Inputs [..., S + A] with these means and deviations."""
+        return (inputs - self.input_mean) / self.input_std
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[M, B, S + A] -> mean, log_std [M, B, 1 + S]."""
+        *hidden_layers, output_layer = self.layers
+        for layer in hidden_layers:
+            x = F.silu(layer(x))
+        mean, log_var = output_layer(x).chunk(2, -1)
+        log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
+        log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)
+        return mean, 0.5 * log_var
+
+    # --- prediction ---
+
     @torch.no_grad()
-    def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """What every member says: mean and std of (reward, next_obs - obs), [L, M, B, 1 + S]."""
-        x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std
-        mean, log_std = self(x.unsqueeze(1).expand(-1, self.lead[1], -1, -1))
+    def predict_by_all(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
+        """What every member says at every row: mean and std of (r, s' - s), [M, B, 1 + S]."""
+        x = self.standardise(torch.cat([obs, action], -1))
+        mean, log_std = self(x.expand(self.members, -1, -1))
         return mean, log_std.exp()
 
     @torch.no_grad()
     def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Draw reward [L, B] and next_obs [L, B, S], every row from one member, in equal shares."""
-        # Row i goes to member i - cut modulo M: a rollout, which keeps its row, changes its member.
-        members, rows = self.lead[1], obs.shape[1]
-        x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std
-        x = F.pad(x, (0, 0, 0, -rows % members)).unflatten(1, (-1, members))  # [L, B / M, M, S + A]
-        cut = torch.randint(members, (), device=obs.device)  # a tensor: no wait for the GPU
-        mean, log_std = self(x[:, :, (self.member + cut) % members].transpose(1, 2))
-        # MOPO's paper: the mean reward. MOPO's code: the sampled reward. Here: code.
+        """Draw reward [B] and next_obs [B, S], each row from a random member. No gradient."""
+        mean, log_std = self.predict(obs, action)
+        # Paper: the mean of the reward. Code: a sample of it.
         y = mean + log_std.exp() * torch.randn_like(mean)
-        y = y.transpose(1, 2)[:, :, (self.member - cut) % members].flatten(1, 2)[:, :rows]
-        return y[..., 0], obs + y[..., 1:]
+        return y[:, 0], obs + y[:, 1:]
+
+    def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, ...]:
+        """`forward` at every row, each by a random member of its own: -> mean, log_std [B, 1 + S].
+
+        The rows are shuffled, cut into M equal shares, one per member, and put back in order.
+        """
+        x = self.standardise(torch.cat([obs, action], -1))  # [B, S + A]
+        missing = -len(x) % self.members  # rows to add so that M divides their number
+        x = F.pad(x, (0, 0, 0, missing))
+        shuffle = torch.rand(len(x), device=x.device).argsort()  # a random permutation
+        shares = x[shuffle].unflatten(0, (self.members, -1))  # [M, (B + missing) / M, S + A]
+        unshuffle = shuffle.argsort()[: len(obs)]  # argsort of a permutation is its inverse
+        return tuple(output.flatten(0, 1)[unshuffle] for output in self(shares))
 
 
 # ===== 3. Equations ===============================================================================
-# Losses average over the batch and keep the learners apart: they return [L], the caller sums.
 def largest_std(std: Tensor) -> Tensor:
-    """max_i ||sigma_i(s, a)||: std [L, M, B, 1 + S] of all members, in raw units -> [L, B]
+    """max_i |sigma_i(s, a)|: std [M, B, 1 + S] of all members -> [B]
 
-    Standard deviations and not variances, the reward's included, and not of the elites alone.
+    The norm has the reward's deviation in it, and the maximum is not over the elites alone.
     """
-    return std.norm(dim=-1).amax(1)
+    return std.norm(dim=-1).amax(0)
 
 
 def log_sum_exp(q: Tensor, log_density: Tensor) -> Tensor:
-    """log sum_a exp Q(s, a), up to log n, from n sampled actions: q [L, 2, B, n] -> [L, 2, B].
+    """log of the integral of exp Q(s, a) over a, but for the constant log n. -> [2, B]
 
-    log_density [L, B, n] of the distributions that the actions came from: importance weights. The
-    gradient is a softmax over all n actions, so it pushes down where Q is large.
+    q [2, B, n] is at n actions per state. log_density [B, n], of the distributions that they were
+    drawn from, corrects for how often each was drawn (importance weights). The gradient is a
+    softmax over the actions, so descent lowers Q most where it is highest.
     """
-    return (q - log_density.unsqueeze(1)).logsumexp(-1)
+    return (q - log_density).logsumexp(-1)
 
 
-def expectation(q: Tensor, among: Tensor) -> Tensor:
-    """Mean of q [L, 2, B] over the rows with among [L, B] = 1. -> [L, 2]"""
-    return (q * among.unsqueeze(1)).sum(-1) / among.sum(-1, keepdim=True).clamp(min=1)
+def expectation(q: Tensor) -> Tensor:
+    """The mean of each critic over rows [2, rows] -> [2], or 0 without a row instead of NaN."""
+    return q.sum(-1) / max(q.shape[-1], 1)
 
 
-def soft_target(
-    reward: Tensor, terminated: Tensor, q_next: Tensor, cost: Tensor, gamma: float
-) -> Tensor:
-    """r + gamma (min_j Q'_j - cost) where s' is no terminal; q_next [L, 2, B], the rest [L, B].
+def bellman_target(batch: Batch, q_next: Tensor, gamma: float) -> Tensor:
+    """r + gamma min_j Q'_j(s', a') -> [B]; after a terminal state r alone. q_next [2, B]
 
-    cost: alpha log pi(a'|s') of the action in q_next; 0 makes the backup deterministic.
+    The operator B^pi of the paper's section 2 is this, without SAC's entropy; the minimum is SAC's.
     """
-    return reward + gamma * (1 - terminated) * (q_next.amin(1) - cost)
+    return batch.reward + gamma * (1 - batch.terminated) * q_next.amin(0)
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Half the squared error of both critics: q [L, 2, B] on target [L, B]."""
-    target = target.unsqueeze(1).expand_as(q)
-    return 0.5 * F.mse_loss(q, target, reduction="none").mean(-1).sum(-1)
+    """The sum of half the squared errors of all critics: q [2, B], target [B]."""
+    return sum(0.5 * F.mse_loss(q_j, target) for q_j in q)
 
 
 def policy_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
-    """mean of alpha log pi - min_j Q_j; q [L, 2, B], log_prob [L, B], alpha [L]."""
-    return (alpha.unsqueeze(-1) * log_prob - q.min(1).values).mean(-1)
+    """alpha log pi - min_j Q_j on average: q [2, B] and log_prob [B] at the policy's actions."""
+    return (alpha * log_prob - q.amin(0)).mean()
 
 
-def temperature_loss(log_alpha: Tensor, entropy: Tensor, target_entropy: float) -> Tensor:
-    """Its descent raises alpha [L] while the entropy [L] is below target."""
+def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float) -> Tensor:
+    """Its descent raises alpha while the entropy, the mean of -log_prob [B], is below target."""
+    entropy = -log_prob.mean()
     return log_alpha * (entropy - target_entropy)
 
 
 def model_loss(mean: Tensor, log_std: Tensor, target: Tensor) -> Tensor:
-    """Gaussian negative log-likelihood, up to constants; [L, M, B, 1 + S] each -> [L, M]"""
+    """Gaussian negative log-likelihood of every member, [M, B, 1 + S] each. -> [M]
+
+    It is doubled, lacks its constant, and is a mean over the 1 + S outputs instead of their sum.
+    """
     nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
     return nll.mean((-2, -1))
 
 
-# Not equations, but what all steps are made of: an Adam step, a slow copy.
-
-
-def descend(loss: Tensor, optimizer: torch.optim.Adam) -> None:
-    """One Adam step along a loss [L], of this optimizer's parameters and none it passes through."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grads = torch.autograd.grad(loss, parameters, torch.ones_like(loss))  # that is, of its sum
-    for parameter, grad in zip(parameters, grads, strict=True):
-        parameter.grad = grad
-    optimizer.step()
-
-
 @torch.no_grad()
-def polyak(slow: nn.Module, fast: nn.Module, rate: float) -> None:
-    """slow += rate * (fast - slow), in place."""
-    torch._foreach_lerp_(list(slow.parameters()), list(fast.parameters()), rate)
+def polyak(target: nn.Module, network: nn.Module, rate: float) -> None:
+    """target += rate * (network - target), all parameters in one call."""
+    torch._foreach_lerp_(list(target.parameters()), list(network.parameters()), rate)
 
 
 # ===== 4. The method ==============================================================================
 class COMBO(nn.Module):
-    """The state of training (networks, data, buffer, optimizers) and the steps of Algorithm 1.
+    """The state of training (networks, data, D_model, optimizers) and the steps of Algorithm 1.
 
-    `iterate`, `rollout` and `model_step` read no Python value that changes and never wait for the
-    GPU, so `capture` can record them.
+    On a GPU `iterate`, `rollout` and `model_step` are recorded as CUDA graphs, so they never wait
+    for a tensor's value and hold no `if` on what changes between calls.
+
+    Variants of the method derive from this class.
     """
+
+    Model = ModelEnsemble
+    Policy = GaussianPolicy
+    Critic = TwinCritic
+    acting = ("actor",)  # what `act` uses, and policy.pt in the run's folder holds
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         super().__init__()
-        self.args, self.device, self.learners = args, device, args.num_seeds
-        self.sizes, self.columns = (obs_dim, action_dim), [obs_dim, action_dim, 1, obs_dim, 1]
-        models = 1 if args.select else self.learners  # --select: one model for all pairs
-        self.model = self.build("model", DynamicsEnsemble, (models, args.ensemble_size))
-        self.elites = self.build("elites", DynamicsEnsemble, (self.learners, args.num_elites))
-        self.actor = self.build("actor", GaussianPolicy)
-        self.critic = self.build("critic", TwinCritic)
-        self.critic_target = copy.deepcopy(self.critic)
-        self.log_alpha = nn.Parameter(torch.zeros(self.learners))  # of the temperature
+        self.args = args
+        self.device = device
+        self.obs_dim = obs_dim
+        self.action_dim = action_dim
+        self.model = self.build("model", self.Model, members=args.ensemble_size)
+        # A copy of the best members of the model, which imagines all transitions.
+        self.elites = self.build("elites", self.Model, members=args.num_elites)
+        self.elites.requires_grad_(False)
+        self.actor = self.build("actor", self.Policy)
+        self.critic = self.build("critic", self.Critic)
+        self.critic_target = copy.deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        # A row of data or model_data is a Batch's fields side by side. The counters are tensors, so
+        # that a CUDA graph can move them.
+        self.field_sizes = [obs_dim, action_dim, 1, obs_dim, 1]
         capacity = args.rollout_retain * args.rollout_starts * args.horizon
-        rows = torch.zeros(self.learners, capacity, sum(self.columns))
-        self.register_buffer("buffer", rows)  # [L, capacity, C]: D_model
-        self.register_buffer("buffer_end", torch.zeros((), dtype=torch.long))  # next row to write
-        self.register_buffer("buffer_rows", torch.zeros((), dtype=torch.long))  # rows filled
-        real, betas = torch.tensor(real_rows(args)), torch.tensor([beta for beta, _ in pairs(args)])
-        self.register_buffer("real_rows", real.unsqueeze(-1))  # of a mixed batch, [L, 1]
-        self.register_buffer("beta", betas)  # [L]
-        self.register_buffer("learner", torch.arange(self.learners), persistent=False)
-        self.register_buffer("place", torch.arange(args.batch_size), persistent=False)
+        self.register_buffer("model_data", torch.zeros(capacity, sum(self.field_sizes)))
+        self.register_buffer("write_row", torch.zeros((), dtype=torch.long))  # of model_data
+        self.register_buffer("num_model_rows", torch.zeros((), dtype=torch.long))  # filled so far
         self.to(device)
-        # MOPO's code: L2 of the weights alone, added to the gradient.
-        layers = [*self.model.trunk, self.model.heads]
-        decays = zip(layers, args.model_weight_decay, strict=True)
-        groups = [dict(params=[layer.weight], weight_decay=decay) for layer, decay in decays]
-        rest = [layer.bias for layer in layers] + [self.model.max_log_var, self.model.min_log_var]
-        self.optimizers = {
-            "model": self.adam([*groups, dict(params=rest)], args.model_lr),
-            "critic": self.adam(self.critic.parameters(), args.critic_lr),
-            "actor": self.adam(self.actor.parameters(), args.actor_lr),
-            "temperature": self.adam([self.log_alpha], args.alpha_lr),
-        }
 
-    def build(self, name: str, network: type, *sizes: tuple[int, int]) -> nn.Module:
-        """A network whose first weights depend on the seed and its name alone."""
+        self.actor_optimizer = self.adam(self.actor.parameters(), args.actor_lr)
+        self.critic_optimizer = self.adam(self.critic.parameters(), args.critic_lr)
+        self.temperature_optimizer = self.adam([self.log_alpha], args.alpha_lr)
+        # Weights decay, biases and the bounds of the log-variance do not.
+        others = [self.model.max_log_var, self.model.min_log_var]
+        groups = [{"params": others}]
+        for layer, decay in zip(self.model.layers, args.model_weight_decay, strict=True):
+            groups.append({"params": [layer.weight], "weight_decay": decay})
+            others.append(layer.bias)
+        self.model_optimizer = self.adam(groups, args.model_lr)
+
+    def build(self, name: str, network: type, **options) -> nn.Module:
+        """A network whose first weights depend on nothing but the seed and its name."""
         reseed(self.args.seed, name)
-        return network(*sizes, *self.sizes, self.args).to(self.device)
+        return network(self.obs_dim, self.action_dim, self.args, **options).to(self.device)
 
     def adam(self, parameters, lr: float) -> torch.optim.Adam:
-        return torch.optim.Adam(parameters, lr, fused=True, capturable=self.device.type == "cuda")
+        """An optimizer that `capture` can record."""
+        capturable = self.device.type == "cuda"
+        return torch.optim.Adam(parameters, lr, fused=True, capturable=capturable)
 
-    # --- data, buffer, batches ---
+    # --- data ---
 
     def set_data(self, dataset: dict[str, Tensor]) -> None:
-        """Take a dataset: its rows [N, C], and how far its states reach."""
-        # MOPO's paper: silent. MOPO's code: of the two million rows that the -v0 files of
-        # medium-expert have, only the last million. Here: all.
-        obs, next_obs = dataset["obs"], dataset["next_obs"]
-        reward, end = dataset["reward"], dataset["terminated"].float()
-        rows = [obs, dataset["action"], reward[:, None], next_obs, end[:, None]]
-        self.data = torch.cat(rows, -1).to(self.device)
-        self.starts = dataset["starts"].to(self.device)  # first states of the episodes
-        self.has_next = dataset["has_next"].nonzero().squeeze(-1).to(self.device)  # s' is known
-        limit = 2 * torch.maximum(obs.abs(), next_obs.abs()).amax(0)
-        self.obs_limit = limit.clamp(min=100).to(self.device)  # hopper's rule ends at 100
+        """Take what load_dataset gives. Not part of __init__: a saved policy acts without data."""
+        # Paper: the dataset. Code: of the two million rows that the -v0 files of medium-expert
+        # have, only the last million. Here: all rows.
+        obs = dataset["obs"]
+        next_obs = dataset["next_obs"]
+        reward = dataset["reward"]
+        terminated = dataset["terminated"].float()
+        fields = [obs, dataset["action"], reward[:, None], next_obs, terminated[:, None]]
+        self.data = torch.cat(fields, -1).to(self.device)  # D, [N, S + A + 1 + S + 1]
+
+        # Files that do not store s' have it as the state of the next row. After a terminal row that
+        # is another episode's, so s' is unknown. The model is fitted only to the rows with a known
+        # s'. D keeps all rows.
+        has_next = dataset["has_next"]
+        self.rows_with_next = has_next.nonzero().squeeze(-1).to(self.device)  # row numbers
+        lost = int((terminated[~has_next] > 0).sum())
+        if lost:
+            print(f"note: s' of {lost} terminals is not stored: the model is not fitted to them")
+
+        # A state beyond this is outside the data: twice the largest |obs| of each dimension, or 100
+        # where that is less, because the rule of hopper ends at 100.
+        farthest = torch.maximum(obs.abs(), next_obs.abs()).amax(0)
+        self.obs_limit = (2 * farthest).clamp(min=100).to(self.device)
+
+        self.episode_starts = dataset["starts"].to(self.device)  # first states, [episodes, S]
 
     def split(self, rows: Tensor) -> Batch:
-        """Rows [..., C] by field."""
-        obs, action, reward, next_obs, terminated = rows.split(self.columns, -1)
+        """Rows of data or model_data [B, S + A + 1 + S + 1] by field."""
+        obs, action, reward, next_obs, terminated = rows.split(self.field_sizes, -1)
         return Batch(obs, action, reward.squeeze(-1), next_obs, terminated.squeeze(-1))
 
-    def sample_data(self, count: int) -> Tensor:
-        """Uniform rows of the data, with replacement. -> [L, count, C]"""
-        return self.data[torch.randint(len(self.data), (self.learners, count), device=self.device)]
+    def sample_data(self, count: int) -> Batch:
+        """Uniform rows of D, with replacement."""
+        rows = torch.randint(len(self.data), (count,), device=self.device)
+        return self.split(self.data[rows])
 
-    def sample(self) -> Batch:
-        """A mixed batch: the first real_rows rows from the data, the rest from the buffer.
-
-        Both kinds are drawn in full and one is kept per row: the same shapes whatever the mix.
-        """
-        shape = self.learners, self.args.batch_size
-        place = torch.rand(shape, device=self.device) * self.buffer_rows
-        place = place.long().minimum(self.buffer_rows - 1)  # the product may have been rounded up
-        imagined = self.buffer[self.learner.unsqueeze(-1), place]
-        is_real = self.place < self.real_rows
-        real = self.sample_data(self.args.batch_size)
-        return self.split(torch.where(is_real.unsqueeze(-1), real, imagined))
+    def sample_mixed(self) -> Batch:
+        """B rows of d_f: a share f of D, then the rest of D_model."""
+        num_real = real_rows(self.args)
+        num_imagined = self.args.batch_size - num_real
+        real = torch.randint(len(self.data), (num_real,), device=self.device)
+        row = (torch.rand(num_imagined, device=self.device) * self.num_model_rows).long()
+        row = row.minimum(self.num_model_rows - 1)  # rand * n can round up to n
+        return self.split(torch.cat([self.data[real], self.model_data[row]]))
 
     def remember(self, batch: Batch) -> None:
-        """Write model transitions [L, B, ...] over the oldest rows of the buffer."""
-        fields = [f.unsqueeze(-1) if f.dim() == 2 else f for f in batch]
-        count, capacity = batch.obs.shape[1], self.buffer.shape[1]
-        place = (self.buffer_end + torch.arange(count, device=self.device)) % capacity
-        self.buffer.index_copy_(1, place, torch.cat(fields, -1))
-        self.buffer_end.add_(count).remainder_(capacity)
-        self.buffer_rows.add_(count).clamp_(max=capacity)
+        """Write transitions over the oldest rows of D_model."""
+        obs, action, reward, next_obs, terminated = batch
+        rows = torch.cat([obs, action, reward[:, None], next_obs, terminated[:, None]], -1)
+        place = self.write_row + torch.arange(len(rows), device=self.device)
+        self.model_data.index_copy_(0, place % len(self.model_data), rows)
+        self.write_row.add_(len(rows)).remainder_(len(self.model_data))
+        self.num_model_rows.add_(len(rows)).clamp_(max=len(self.model_data))
 
     # --- one iteration ---
 
-    def iterate(self) -> Logs:
-        """One iteration: critics, policy, temperature, target critics."""
-        batch = self.sample()
-        # One call of the policy for both ends of a row: it stands still until its own step.
-        action, log_prob = self.actor.sample(torch.cat([batch.obs, batch.next_obs], 1))
-        (action, next_action), log_prob = action.chunk(2, 1), log_prob.chunk(2, 1)[0]
+    def iterate(self) -> Scalars:
+        """One iteration of Algorithm 1: critics, policy, temperature, targets."""
+        batch = self.sample_mixed()
         alpha = self.log_alpha.detach().exp()
-        cost = torch.zeros_like(batch.reward)  # recalled: no entropy in the backup
-        logs = self.update_critic(batch, next_action.detach(), cost)  # Eq. (2)
-        # Eq. (3) takes the states of d_f whatever --rho-states says; its entropy term is optional.
-        logs |= self.update_policy(batch.obs, action, log_prob, alpha)  # Eq. (3)
+
+        # The critics step towards one target, lower on rho and higher on the data.
+        target = self.q_target(batch)  # [B]
+        q = self.critic(batch.obs, batch.action)  # [2, B]
+        gap = self.conservative_gap(batch, q)  # [2]
+        bellman_error = critic_loss(q, target)
+        q_loss = bellman_error + self.args.beta * gap.sum()  # Eq. (2)
+        self.critic_optimizer.zero_grad()
+        q_loss.backward()
+        self.critic_optimizer.step()
+
+        # The policy raises Q and its entropy. Its loss passes through the critics; `inputs` keeps
+        # the gradient to the policy.
+        # Paper: at the states of rho, with the data's; entropy if need be. Here: at those of d_f,
+        # whatever rho_states says, and with SAC's entropy.
+        action, log_prob = self.actor.sample(batch.obs)  # [B, A], [B]
+        actor_loss = policy_loss(self.critic(batch.obs, action), log_prob, alpha)  # Eq. (3)
+        self.actor_optimizer.zero_grad()
+        actor_loss.backward(inputs=parameters_of(self.actor_optimizer))
+        self.actor_optimizer.step()
+
+        # The temperature steers the entropy of the policy to its target.
+        alpha_loss = temperature_loss(self.log_alpha, log_prob.detach(), self.args.target_entropy)
+        self.temperature_optimizer.zero_grad()
+        alpha_loss.backward()
+        self.temperature_optimizer.step()
+
         polyak(self.critic_target, self.critic, self.args.tau)
-        return logs
+        # With mixed states of rho the gap averages to zero over d_f. Q then rises without bound on
+        # the data and falls on D_model, and only their means apart show it.
+        num_real = real_rows(self.args)
+        return {
+            "losses/critic_loss": bellman_error.detach(),
+            "losses/conservative_gap": gap.detach().mean(),
+            "losses/actor_loss": actor_loss.detach(),
+            "losses/entropy": -log_prob.detach().mean(),
+            "losses/alpha": alpha,
+            "q_values/data": expectation(q[:, :num_real].detach()).mean(),
+            "q_values/model": expectation(q[:, num_real:].detach()).mean(),
+        }
 
-    def update_critic(self, batch: Batch, next_action: Tensor, cost: Tensor) -> Logs:
-        """One step of both critics, with the policy's action at s' and what it costs in entropy."""
-        in_data, in_rho = self.rows_of_rho()
-        # With --rho-states model, rows that are data for every learner are not in rho: skipped.
-        first = min(real_rows(self.args)) if self.args.rho_states == "model" else 0
-        obs, next_obs, in_rho = batch.obs[:, first:], batch.next_obs[:, first:], in_rho[:, first:]
-        with torch.no_grad():
-            q_next = self.critic_target(batch.next_obs, next_action)
-            target = soft_target(batch.reward, batch.terminated, q_next, cost, self.args.gamma)
-            actions, log_density = self.proposals(obs, next_obs)
-        q = self.critic(batch.obs, batch.action)
-        soft_q = log_sum_exp(self.q_of_actions(obs, actions), log_density)
-        # Paper: Q at an action of the policy. Recalled (appendix): as in CQL, the soft maximum of Q
-        # over uniform and policy actions. Here: the latter, pushed up on data rows only.
-        gap = expectation(soft_q, in_rho) - expectation(q, in_data)  # [L, 2]
-        loss = critic_loss(q, target)
-        descend(self.beta * gap.sum(-1) + loss, self.optimizers["critic"])  # Eq. (2)
-        logs = dict(critic_loss=loss.detach(), conservative_gap=gap.detach().mean(-1))
-        logs = {f"losses/{name}": value for name, value in logs.items()}
-        # Apart, and beside Q at episode starts, because with mixed rho the penalty averages to zero
-        # over d_f: Q rises on data rows and falls on model rows. Prop. 4.1 bounds it at the starts.
-        for kind, rows in (("data", in_data), ("model", 1 - in_data)):
-            logs[f"q_values/{kind}"] = expectation(q.detach(), rows).mean(-1)
-        return logs
+    @torch.no_grad()
+    def q_target(self, batch: Batch) -> Tensor:
+        """What the critics step towards. -> [B]"""
+        next_action, _ = self.actor.sample(batch.next_obs)
+        q_next = self.critic_target(batch.next_obs, next_action)  # [2, B]
+        return bellman_target(batch, q_next, self.args.gamma)
 
-    def rows_of_rho(self) -> tuple[Tensor, Tensor]:
-        """Which rows of a batch are data, and which are states of rho: 0 or 1, [L, B]."""
-        in_data = (self.place < self.real_rows).float()
-        return in_data, torch.ones_like(in_data) if self.args.rho_states == "mixed" else 1 - in_data
+    def conservative_gap(self, batch: Batch, q: Tensor) -> Tensor:
+        """E_rho[Q] - E_D[Q] of each critic, for q [2, B] at the batch. -> [2]"""
+        # Paper: Q at an action of the policy. Recalled: as in CQL, a soft maximum of Q over uniform
+        # actions and the policy's. Here: the soft maximum.
+        rho = self.rows_of_rho(batch)
+        actions, log_density = self.proposals(rho.obs, rho.next_obs)
+        soft_q = log_sum_exp(self.q_of_actions(rho.obs, actions), log_density)  # [2, rows of rho]
+        q_data = q[:, : real_rows(self.args)]  # the batch begins with the data
+        return expectation(soft_q) - expectation(q_data)
 
+    def rows_of_rho(self, batch: Batch) -> Batch:
+        """The rows of a batch whose states are rho's: all of them, or those of D_model alone."""
+        # Paper: states of rollouts, for stability with those of the data. Recalled: on hopper those
+        # of rollouts alone.
+        if self.args.rho_states == "mixed":
+            return batch
+        num_real = real_rows(self.args)
+        return Batch(*(field[num_real:] for field in batch))
+
+    @torch.no_grad()
     def proposals(self, obs: Tensor, next_obs: Tensor) -> tuple[Tensor, Tensor]:
-        """3 n actions per state, [L, B, 3 n, A], and their log-densities, [L, B, 3 n].
+        """3 n actions per state [B, 3 n, A] and their log-densities [B, 3 n].
 
-        n each from the uniform distribution, pi(.|s) and (as in OfflineRL-Kit, d3rlpy) pi(.|s').
+        n are uniform, n are of pi(.|s), and n of pi(.|s'), as in OfflineRL-Kit and d3rlpy.
         """
-        count, action_dim = self.args.num_actions, self.sizes[1]
-        shape = (*obs.shape[:2], count)
-        uniform = 2 * torch.rand(*shape, action_dim, device=self.device) - 1
-        density = torch.full(shape, -action_dim * math.log(2.0), device=self.device)
-        drawn = [self.actor.samples(states, count) for states in (obs, next_obs)]
-        actions, densities = zip((uniform, density), *drawn)
-        return torch.cat(actions, 2), torch.cat(densities, 2)
+        n = self.args.num_actions
+        shape = (len(obs), n, self.action_dim)
+        uniform = 2 * torch.rand(shape, device=self.device) - 1
+        log_volume = self.action_dim * math.log(2)  # of the box [-1, 1]^A
+        uniform_density = torch.full(shape[:2], -log_volume, device=self.device)
+        action, log_density = self.actor.samples(obs, n)
+        next_action, next_log_density = self.actor.samples(next_obs, n)
+        actions = torch.cat([uniform, action, next_action], 1)
+        log_densities = torch.cat([uniform_density, log_density, next_log_density], 1)
+        return actions, log_densities
 
     def q_of_actions(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """Q at (s, a_1), (s, a_2), ...: obs [L, B, S], actions [L, B, n, A] -> [L, 2, B, n]."""
-        count = actions.shape[2]
-        q = self.critic(obs.repeat_interleave(count, 1), actions.flatten(1, 2))
-        return q.unflatten(-1, (-1, count))
+        """Both critics at several actions per state: [B, S], [B, n, A] -> [2, B, n]."""
+        count = actions.shape[1]
+        q = self.critic(obs.repeat_interleave(count, 0), actions.flatten(0, 1))  # [2, B n]
+        return q.unflatten(1, (-1, count))
 
-    def update_policy(self, obs: Tensor, action: Tensor, log_prob: Tensor, alpha: Tensor) -> Logs:
-        """One step of the policy and of the temperature."""
-        loss = policy_loss(self.critic(obs, action), log_prob, alpha)
-        descend(loss, self.optimizers["actor"])
-        entropy, wanted = -log_prob.detach().mean(-1), self.args.target_entropy
-        descend(temperature_loss(self.log_alpha, entropy, wanted), self.optimizers["temperature"])
-        logs = dict(actor_loss=loss.detach(), entropy=entropy, alpha=alpha)
-        return {f"losses/{name}": value for name, value in logs.items()}
+    # --- what the critics believe, for logs and --select ---
 
     @torch.no_grad()
-    def start_values(self) -> Logs:
-        """Q at the first states of the data's episodes, for the policy's mean action."""
-        obs = self.starts.expand(self.learners, -1, -1)
-        q = self.critic(obs, torch.tanh(self.actor(obs)[0]))
-        return {"q_values/starts": q.mean((1, 2))}
+    def start_values(self) -> Scalars:
+        """Q at the first states of the data's episodes: Prop. 4.1 bounds its mean there.
 
-    @torch.no_grad()
-    def regularizer(self, rows: int = 10_000) -> Tensor:
-        """E_rho[Q] - E_D[Q], rho with actions of the policy, mean of both critics. -> [L]
-
-        rho has the states that the critics' loss takes. The number of rows is ours.
+        The action is the mean of the policy's Gaussian, through the tanh.
         """
-        in_data, in_rho = self.rows_of_rho()
-        total = torch.zeros(self.learners, device=self.device)
-        batches = max(1, rows // self.args.batch_size)
-        for _ in range(batches):
-            batch = self.sample()
-            q_rho = self.critic(batch.obs, self.actor.sample(batch.obs)[0])
-            q_data = self.critic(batch.obs, batch.action)
-            total += (expectation(q_rho, in_rho) - expectation(q_data, in_data)).mean(-1)
-        return total / batches
-
-    # --- rollouts in the model ---
-
-    def terminate(self, next_obs: Tensor) -> Tensor:
-        """By the task's rule, or far outside the data. -> terminated (0 or 1), [L, B]"""
-        # MOPO's paper: silent. MOPO's code: the known rule. Here: also a state far outside the data
-        # (or NaN), which would overflow the critics.
-        inside = (next_obs.abs() <= self.obs_limit).all(-1)
-        return (~inside | known_termination(self.args.env_id, next_obs)).float()
+        mean, _ = self.actor(self.episode_starts)
+        q = self.critic(self.episode_starts, torch.tanh(mean))
+        return {"q_values/starts": q.mean()}
 
     @torch.no_grad()
-    def rollout(self) -> Logs:
-        """Roll out in the model, write rollout_starts x horizon rows to the buffer.
+    def final_numbers(self) -> dict[str, float]:
+        """E_rho[Q] - E_D[Q] at the end of training, which --select compares.
 
-        A rollout starts at a stored state and ends at its first terminated step, which is kept.
+        It needs no environment. rho has the states that the critics' loss takes, and as in the
+        paper's text one action of the policy each. About 10,000 rows (ours), mean of both critics.
         """
-        args, slots = self.args, self.args.rollout_starts
-        sums = torch.zeros(2, self.learners, device=self.device)
-        # A CPU works through chunks that stay in its cache; a GPU takes all rollouts at once.
-        chunk = 500 if self.device.type == "cpu" else slots
-        for count in [chunk] * (slots // chunk) + [slots % chunk] * (slots % chunk > 0):
-            obs = self.split(self.sample_data(count)).obs
+        reseed(self.args.seed, "final numbers")
+        num_real = real_rows(self.args)
+        gaps = []
+        for _ in range(math.ceil(10_000 / self.args.batch_size)):
+            batch = self.sample_mixed()
+            rho = self.rows_of_rho(batch)
+            action, _ = self.actor.sample(rho.obs)
+            q_rho = self.critic(rho.obs, action)
+            q_data = self.critic(batch.obs[:num_real], batch.action[:num_real])
+            gaps.append(expectation(q_rho) - expectation(q_data))
+        return {"conservative_gap": float(torch.stack(gaps).mean())}
+
+    # --- steps and rollouts in the model ---
+
+    def imagine(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One step in the model: reward [B], next_obs [B, S], terminated [B] (0 or 1)."""
+        reward, next_obs = self.elites.sample(obs, action)
+        # Paper: does not say. Code: the task's own rule of ending, of hopper and walker2d, for
+        # example; halfcheetah never ends.
+        ended = known_termination(self.args.env_id, next_obs)
+        return self.end_outside_data(reward, next_obs, ended)
+
+    def end_outside_data(
+        self, reward: Tensor, next_obs: Tensor, ended: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A step to a state beyond obs_limit, or to NaN, ends, too; the state is cut to the limit.
+
+        -> reward [B], next_obs [B, S], terminated [B] (0 or 1)
+        """
+        # Paper: does not say. Code: none of it. Here: this, since such states would overflow the
+        # critics.
+        inside = (next_obs.abs() <= self.obs_limit).all(-1)  # false for NaN
+        reward = reward.nan_to_num(0.0, 0.0, 0.0)
+        next_obs = next_obs.nan_to_num(0.0).clamp(-self.obs_limit, self.obs_limit)
+        return reward, next_obs, (~inside | ended).float()
+
+    def rollout_action(self, obs: Tensor) -> Tensor:
+        """The actions in rollouts, the policy's or uniform ones: [B, S] -> [B, A]."""
+        action, _ = self.actor.sample(obs)
+        if self.args.rollout_actions == "uniform":
+            return 2 * torch.rand_like(action) - 1
+        return action
+
+    @torch.no_grad()
+    def rollout(self) -> Scalars:
+        """Write `rollout_starts` rollouts of `horizon` steps in the model to D_model.
+
+        Rollouts start at states of the data. They run side by side.
+        """
+        # Code: rollouts that end are not replaced. Here: one that ends is replaced at once, so
+        # every step writes as many rows.
+        args = self.args
+        part = 500 if self.device.type == "cpu" else args.rollout_starts  # stays in a CPU's cache
+        all_terminated = []
+        all_rewards = []
+        for first in range(0, args.rollout_starts, part):
+            obs = self.sample_data(min(part, args.rollout_starts - first)).obs
             for _ in range(args.horizon):
-                action = self.actor.sample(obs)[0]
-                if args.rollout_actions == "uniform":
-                    action = 2 * torch.rand_like(action) - 1
-                reward, next_obs = self.elites.sample(obs, action)
-                terminated, reward = self.terminate(next_obs), reward.nan_to_num(0.0, 0.0, 0.0)
-                next_obs = next_obs.nan_to_num(0.0).clamp(-self.obs_limit, self.obs_limit)
-                sums += torch.stack([terminated.sum(-1), reward.sum(-1)])
+                action = self.rollout_action(obs)
+                reward, next_obs, terminated = self.imagine(obs, action)
+                all_rewards.append(reward)
                 self.remember(Batch(obs, action, reward, next_obs, terminated))
-                # MOPO's code: ended rollouts are dropped, a refresh shrinks. Here: the slot of an
-                # ended rollout restarts, so that every refresh has the same shape.
-                fresh = self.split(self.sample_data(count)).obs
-                obs = torch.where(terminated.unsqueeze(-1) > 0, fresh, next_obs)
-        means, names = sums / (slots * args.horizon), ("terminated_frac", "reward")
-        return {f"rollout/{name}": mean for name, mean in zip(names, means)}
+                restart = self.sample_data(len(obs)).obs
+                obs = torch.where(terminated[:, None] > 0, restart, next_obs)
+                all_terminated.append(terminated)
+        return {
+            "rollout/terminated_frac": torch.cat(all_terminated).mean(),
+            "rollout/reward": torch.cat(all_rewards).mean(),
+        }
 
-    # --- model ---
+    # --- fitting the model ---
 
-    def fit_model(self, log: Callable) -> Tensor:
-        """Fit the model, once. -> hold-out errors [L, M]
+    def fit_model(self, progress: Progress) -> Tensor:
+        """Fit the model, once. -> hold-out errors [M]
 
-        Every member sees a bootstrap sample of its own once per epoch, in a new order, until none
-        has gained 1 % for `model_patience` epochs. A stopped learner keeps its best members.
+        Every member has a bootstrap sample of the rows of its own, which it sees once per epoch, in
+        a new order. It keeps the weights of its best epoch. The fit ends when for `model_patience`
+        epochs no member has improved by 1 %.
         """
-        args, model = self.args, self.model
-        inputs, targets = self.model_pairs()
-        held, train = self.split_rows(len(inputs), args.seed, args.holdout_size)
-        model.normalise_by(inputs[train])
-        inputs = (inputs - model.input_mean) / model.input_std
-        shape = (*model.lead, len(train))
-        bootstrap = train[torch.randint(len(train), shape).to(self.device)]
-        order, place = bootstrap.clone(), torch.zeros((), dtype=torch.long, device=self.device)
-        best = [p.detach().clone() for p in model.members()]
-        best_error = torch.full(model.lead, 1e32, device=self.device)
-        idle = torch.zeros(model.lead[0], device=self.device)  # epochs without a member's gain
-        step = capture(lambda: self.model_step(inputs, targets, order, place), args)
+        args = self.args
+        model = self.model
+
+        # 1. Inputs [N', S + A] and targets [N', 1 + S] of the N' rows whose s' is known.
+        inputs, targets = model.inputs_and_targets(self.split(self.data[self.rows_with_next]))
+        held_out, train_rows = self.split_rows(len(inputs))
+        model.set_statistics(inputs[train_rows])
+        inputs = model.standardise(inputs)
+
+        # 2. Epochs of steps. After each the held-out rows are judged.
+        shape = (model.members, len(train_rows))
+        bootstrap = train_rows[torch.randint(len(train_rows), shape, device=self.device)]
+        order = bootstrap.clone()  # the rows in the order of the epoch
+        position = torch.zeros((), dtype=torch.long, device=self.device)  # in that order
+        step = capture(functools.partial(self.model_step, inputs, targets, order, position), args)
+        # Not inf, because (inf - error) / inf is NaN.
+        best_error = torch.full((model.members,), 1e32, device=self.device)
+        best_layers = copy.deepcopy(model.layers.state_dict())
+        idle_epochs = 0
         for epoch in range(args.model_max_epochs):
-            reseed(args.seed, "model fit 0", epoch)
-            shuffle = torch.rand(shape, device=self.device).argsort(-1)
-            torch.gather(bootstrap, -1, shuffle, out=order)
-            place.zero_()
-            for _ in range(math.ceil(len(train) / args.model_batch_size)):
+            self.shuffle(bootstrap, order, position, epoch)
+            for _ in range(math.ceil(len(train_rows) / args.model_batch_size)):
                 logs = step()
-            error = self.validate(inputs[held], targets[held])
-            gained = (best_error - error) / best_error > 0.01
-            gained &= (idle < args.model_patience).unsqueeze(-1)
-            best_error = torch.where(gained, error, best_error)
-            for saved, now in zip(best, model.members()):
-                saved.copy_(torch.where(gained.view(*gained.shape, 1, 1), now.detach(), saved))
-            idle = torch.where(gained.any(-1), 0, idle + 1)
-            log(f"model fit, epoch {epoch}", logs | {"model/holdout_error": error.mean(-1)})
-            if (idle >= args.model_patience).all():
+            error = self.holdout_error(inputs[held_out], targets[held_out])  # [M]
+            improved = (best_error - error) / best_error > 0.01  # [M]
+            best_error = torch.where(improved, error, best_error)
+            for name, tensor in model.layers.state_dict().items():
+                best_layers[name][improved] = tensor[improved]  # the first axis is the member
+            idle_epochs = 0 if improved.any() else idle_epochs + 1
+            looks = {"model/holdout_error": error.mean(), "model/idle_epochs": idle_epochs}
+            phase = f"model fit, patience {args.model_patience} epochs"
+            progress(phase, epoch + 1, None, logs | looks)
+            if idle_epochs >= args.model_patience:
                 break
-        with torch.no_grad():  # the bounds of the log-variance stay as they are, as in MOPO's code
-            for saved, now in zip(best, model.members()):
-                now.copy_(saved)
+        model.layers.load_state_dict(best_layers)  # the bounds stay at their last values
         self.choose_elites(best_error)
         return best_error
 
-    def model_pairs(self) -> tuple[Tensor, Tensor]:
-        """The model's inputs [n, S + A] and targets [n, 1 + S], raw, where s' is known."""
-        batch = self.split(self.data[self.has_next])
-        targets = torch.cat([batch.reward.unsqueeze(-1), batch.next_obs - batch.obs], -1)
-        return torch.cat([batch.obs, batch.action], -1), targets
+    def split_rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """A random split of the numbers below `count`: rows held out, rows to train on."""
+        reseed(self.args.seed, "model split")
+        rows = torch.randperm(count).to(self.device)
+        held_count = min(count // 5, self.args.holdout_size)
+        return rows[:held_count], rows[held_count:]
 
-    def split_rows(self, count: int, seed: int, holdout_size: int) -> tuple[Tensor, Tensor]:
-        """Numbers of the rows held out, at most a fifth, and of those to train on."""
-        reseed(seed, "model split")
-        rows, held = torch.randperm(count).to(self.device), min(count // 5, holdout_size)
-        return rows[:held], rows[held:]
+    def shuffle(self, bootstrap: Tensor, order: Tensor, position: Tensor, epoch: int) -> None:
+        """Write the rows `bootstrap` [M, n] in a new order to `order`, and start at its front."""
+        reseed(self.args.seed, "model fit 0", epoch)
+        permutation = torch.rand(bootstrap.shape, device=self.device).argsort(-1)
+        torch.gather(bootstrap, -1, permutation, out=order)
+        position.zero_()
 
-    def model_step(self, inputs: Tensor, targets: Tensor, order: Tensor, place: Tensor) -> Logs:
-        """One Adam step of all members on the next rows of the epoch's order [L, M, n].
+    def model_step(
+        self, inputs: Tensor, targets: Tensor, order: Tensor, position: Tensor
+    ) -> Scalars:
+        """One Adam step of all members, each on the next rows of its `order` [M, n].
 
         The last batch of an epoch is filled up with its first rows, so that all have one shape.
         """
-        args, model = self.args, self.model
-        turn = place + torch.arange(args.model_batch_size, device=self.device)
-        rows = order.index_select(2, turn % order.shape[2])  # [L, M, B]
-        place += args.model_batch_size
-        mean, log_std = model(inputs[rows])
-        loss = model_loss(mean, log_std, targets[rows]).sum(-1)
-        # Keeps the learned bounds of the log-variance from drifting apart (MOPO's code).
-        spread = (model.max_log_var - model.min_log_var).flatten(1).sum(-1)
-        descend(loss + 0.01 * spread, self.optimizers["model"])
-        return {"model/train_nll": loss.detach() / args.ensemble_size}
+        model = self.model
+        batch_size = self.args.model_batch_size
+        columns = position + torch.arange(batch_size, device=self.device)
+        rows = order.index_select(1, columns % order.shape[1])  # [M, B]
+        position.add_(batch_size)
+        loss = self.fit_loss(inputs[rows], targets[rows])  # [M]
+        # As in PETS the learned bounds are pulled together by 0.01 times their gap.
+        gap = (model.max_log_var - model.min_log_var).sum()
+        self.model_optimizer.zero_grad()
+        (loss.sum() + 0.01 * gap).backward()
+        self.model_optimizer.step()
+        return {"model/train_nll": loss.detach().mean()}
+
+    def fit_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the fit minimises, of inputs x and targets y [M, B, ...]. -> [M]"""
+        mean, log_std = self.model(x)
+        return model_loss(mean, log_std, y)
 
     @torch.no_grad()
-    def validate(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Squared error of the members on rows [n, ...], not the likelihood. -> [L, M]"""
-        mean, _ = self.model(inputs.expand(*self.model.lead, -1, -1))
-        return (mean - targets).square().mean((-2, -1))
+    def holdout_error(self, x: Tensor, y: Tensor) -> Tensor:
+        """Squared error of every member on held-out rows x, y [n, ...]; not likelihood. -> [M]"""
+        mean, _ = self.model(x.expand(self.model.members, -1, -1))
+        return (mean - y).square().mean((-2, -1))
 
     @torch.no_grad()
     def choose_elites(self, error: Tensor) -> None:
-        """Copy the members with the lowest hold-out error [L, M] to self.elites."""
-        ranked = error.argsort(-1)[:, : self.args.num_elites]  # [L, E]
-        learner, model = torch.arange(len(error)).unsqueeze(-1), self.model.state_dict()
-        for name, elite in self.elites.state_dict().items():
-            of_members = name.startswith(("trunk", "heads"))
-            elite.copy_(model[name][learner, ranked] if of_members else model[name])
+        """Copy the `num_elites` members with the lowest hold-out error [M] to `elites`."""
+        best = error.argsort()[: self.args.num_elites]
+        state = self.model.state_dict()
+        for name in state:
+            if name.startswith("layers"):  # nothing else has an axis of members
+                state[name] = state[name][best]
+        self.elites.load_state_dict(state)
 
-    # --- evaluation ---
+    # --- acting ---
 
     @torch.no_grad()
     def act(self, obs: np.ndarray) -> np.ndarray:
-        """obs [L, n, S] -> actions [L, n, A] in [-1, 1]: the Gaussian's mean, through tanh"""
-        mean, _ = self.actor(torch.as_tensor(obs, dtype=torch.float32, device=self.device))
+        """How the policy acts when it is evaluated: obs [n, S] -> actions [n, A] in [-1, 1].
+
+        It takes the mean of the Gaussian, through the tanh.
+        """
+        states = torch.as_tensor(obs, dtype=torch.float32, device=self.device)
+        mean, _ = self.actor(states)
         return torch.tanh(mean).cpu().numpy()
 
 
 # ===== 5. Training ================================================================================
-def train(args: Args, method: type = COMBO) -> dict:
-    """Algorithm 1: train args.num_seeds learners; return what result.json holds."""
-    dataset, args = load_dataset(args), dataclasses.replace(args, num_seeds=len(pairs(args)))
-    combo = method(args, dataset["obs"].shape[1], dataset["action"].shape[1], choose_device(args))
+def check_args(args: Args) -> None:
+    """Stop on settings that make no sense or contradict each other. Raises SystemExit."""
+    check_ranges(args)
+    if args.num_elites > args.ensemble_size:
+        sys.exit("--num-elites is larger than --ensemble-size")
+    num_real = real_rows(args)
+    if num_real < 1:
+        sys.exit("a batch needs a row of data: raise --real-fraction or --batch-size")
+    if args.rho_states == "model" and num_real == args.batch_size:
+        sys.exit("--rho-states model needs rows of D_model in a batch: lower --real-fraction")
+    if args.select == ():
+        sys.exit("--select needs the folders of finished runs")
+
+
+def real_rows(args: Args) -> int:
+    """How many rows of a batch are data."""
+    return int(args.real_fraction * args.batch_size)
+
+
+def train(args: Args, method: type = COMBO, arrays: dict[str, np.ndarray] | None = None) -> dict:
+    """Algorithm 1, on the dataset that `args` name, or on D4RL's `arrays`. -> result.json
+
+    `method` is the class to train: COMBO, or one derived from it.
+    """
+    check_args(args)
+    dataset = load_dataset(args, arrays)
+    obs_dim = dataset["obs"].shape[1]
+    action_dim = dataset["action"].shape[1]
+    combo = method(args, obs_dim, action_dim, choose_device(args))
     combo.set_data(dataset)
-    run = Run(args, combo, dataset["source"])
-    step, rollout = capture(combo.iterate, args), capture(combo.rollout, args)
+    run = Run(args, combo, dataset["source"])  # it goes on from a checkpoint under --resume
+    iterate = capture(combo.iterate, args)
+    rollout = capture(combo.rollout, args)
+
     if run.iteration == 0 and args.dynamics_from:
         load_model(combo, Path(args.dynamics_from))
     elif run.iteration == 0:
-        save_model(combo, combo.fit_model(run.log), run.folder)
-    for i in run.iterations():  # which also logs, evaluates and saves
+        error = combo.fit_model(run.progress)
+        save_model(combo, error, run.folder)
+
+    rollout_logs = {}
+    while run.iteration < args.total_iterations:
+        i = run.iteration
         if i % args.rollout_every == 0:
-            reseed(args.seed, "rollout", i)
-            run.logs |= rollout()  # D_model
+            reseed(args.seed, "rollout", i)  # rollouts and iterations draw apart
+            rollout_logs = rollout()  # into D_model
             reseed(args.seed, "iterations", i)
-        run.logs |= step()  # Eq. (2), (3)
-        if (i + 1) % args.log_every == 0:
-            run.logs |= combo.start_values()
-    if args.select:
-        run.source |= choose_pair(combo)
+        logs = iterate()  # Eq. (2), (3)
+
+        run.advance()  # from here on run.iteration counts this one, too
+        last = run.iteration == args.total_iterations
+        save_now = last or run.iteration % args.checkpoint_every == 0
+        if run.iteration % args.log_every == 0 or save_now:
+            start_logs = combo.start_values()
+            run.log("training", logs | rollout_logs | start_logs)  # stops at NaN, before a file
+        if run.iteration % args.eval_every == 0 or last:
+            run.add_to_curve()
+        if save_now:
+            run.save_checkpoint()
     return run.finish()
 
 
-def choose_pair(combo: COMBO) -> dict:
-    """Section 3's rule: the lowest E_rho[Q] - E_D[Q], without the environment. Prints a table."""
-    reseed(combo.args.seed, "selection")
-    rows = [(*pair, value) for pair, value in zip(pairs(combo.args), combo.regularizer().tolist())]
-    chosen = min(range(len(rows)), key=lambda n: rows[n][2])
-    print("setting   beta      f   E_rho[Q] - E_D[Q]")
-    for n, (beta, fraction, value) in enumerate(rows):
-        print(f"{n:7d} {beta:6g} {fraction:6g} {value:19.3f}{'   <- chosen' * (n == chosen)}")
-    print("scores below were not looked at; their seeds count the settings in this order")
-    names = ("beta", "real_fraction", "regularizer")
-    return dict(selection=[dict(zip(names, row)) for row in rows], chosen=chosen)
+# The flags that may differ between the runs that --select compares, beside beta and f: none of them
+# changes what training does, but for the seed.
+MAY_DIFFER = (
+    "seed", "dataset_path", "run_dir", "resume", "evaluate", "select", "probe_uncertainty",
+    "dynamics_from", "eval_every", "eval_episodes", "final_episodes", "track", "wandb_project_name",
+    "wandb_entity", "capture_video", "log_every", "checkpoint_every", "async_envs", "cuda",
+    "cuda_graphs", "tf32", "cpu_fast_matmul", "threads",
+)  # fmt: skip
+
+
+def select(folders: tuple[str, ...]) -> str:
+    """Choose beta and f as in the paper's section 3: the lowest E_rho[Q] - E_D[Q]. -> its folder
+
+    `folders` are those of finished runs. The scores are not looked at. Raises SystemExit where the
+    runs cannot be compared.
+    """
+    results = []
+    for folder in folders:
+        with loading(Path(folder) / "result.json") as result:
+            if not math.isfinite(result.get("conservative_gap", math.nan)):
+                sys.exit(f"{folder} has no conservative_gap: is it a run of combo.py?")
+            results.append(result)
+            check_comparable(folder, result, folders[0], results[0])
+    gaps = [result["conservative_gap"] for result in results]
+    chosen = folders[gaps.index(min(gaps))]
+    print("    beta  real_fraction  conservative_gap  run")
+    for folder, result, gap in zip(folders, results, gaps):
+        beta = result["args"]["beta"]
+        fraction = result["args"]["real_fraction"]
+        print(f"{beta:8g}  {fraction:13g}  {gap:16.3f}  {folder}")
+    print(f"chosen, with the lowest conservative_gap: {chosen}")
+    return chosen
+
+
+def check_comparable(folder: str, result: dict, first_folder: str, first: dict) -> None:
+    """Stop unless two runs differ in beta, f and MAY_DIFFER alone. Raises SystemExit."""
+    if result["env_id"] != first["env_id"]:
+        sys.exit(f"{folder} is on {result['env_id']}, {first_folder} on {first['env_id']}")
+    if result["sha256"] != first["sha256"]:
+        sys.exit(f"{folder} and {first_folder} are on other data: the files' sha256 differ")
+    for name, value in result["args"].items():
+        if name not in ("beta", "real_fraction", *MAY_DIFFER) and value != first["args"].get(name):
+            other = first["args"].get(name)
+            sys.exit(f"{folder} has {name} {value}, {first_folder} has {other}: --select needs one")
 
 
 @torch.no_grad()
-def probe(args: Args) -> dict:
-    """After Figure 2: largest std of the members against the true one-step error, held-out rows.
+def probe(args: Args, method: type = COMBO) -> dict:
+    """After Figure 2: what the model says of its error, and its true error, on held-out rows.
 
-    Ours: the error is the distance of the elites' mean from (reward, next state), in raw units.
-    Writes uncertainty.json and uncertainty.png to the run folder.
+    The first is the largest standard deviation that a member predicts. The second (ours) is how far
+    the mean of the elites is from (reward, next state - state), in the data's units.
+    Writes uncertainty.json, which is returned, and uncertainty.png to the run's folder.
     """
-    folder, saved = Path(args.probe_uncertainty), load_args(args.probe_uncertainty)
-    source = Path(saved.dynamics_from or folder)  # the run that fitted the model, perhaps MOPO's
-    with loading(source / "args.json") as fitted:
-        learners = 1 if fitted.get("select") else fitted["num_seeds"]
-        split = fitted["seed"], fitted["holdout_size"]
-    saved = dataclasses.replace(saved, num_seeds=learners, select=False, rollout_starts=1)
-    saved.dataset_path = args.dataset_path or saved.dataset_path
-    dataset = load_dataset(saved)
-    combo = COMBO(saved, dataset["obs"].shape[1], dataset["action"].shape[1], torch.device("cpu"))
-    combo.set_data(dataset)
-    load_model(combo, source)
-    inputs, targets = combo.model_pairs()
-    held, _ = combo.split_rows(len(inputs), *split)
-    obs, action = inputs[held].expand(learners, -1, -1).split(combo.sizes, -1)
-    std, mean = combo.model.predict(obs, action)[1], combo.elites.predict(obs, action)[0]
-    std, error = largest_std(std)[0], (mean[0].mean(0) - targets[held]).norm(dim=-1)
-    x, y = std.double().numpy(), error.double().numpy()
-    (slope, intercept), r2 = np.polyfit(x, y, 1), np.corrcoef(x, y)[0, 1] ** 2
-    result = dict(rows=len(held), slope=slope, intercept=intercept, r2=r2)
-    result |= dict(uncertainty=std.tolist(), error=error.tolist())
+    folder = Path(args.probe_uncertainty)
+    combo = load_fit(folder, args.dataset_path, type(args), method)
+    held_out, _ = combo.split_rows(len(combo.rows_with_next))
+    batch = combo.split(combo.data[combo.rows_with_next[held_out]])
+    _, targets = combo.model.inputs_and_targets(batch)
+    _, std = combo.model.predict_by_all(batch.obs, batch.action)
+    mean, _ = combo.elites.predict_by_all(batch.obs, batch.action)
+    uncertainty = largest_std(std).double().numpy()
+    error = (mean.mean(0) - targets).norm(dim=-1).double().numpy()
+
+    slope, intercept = np.polyfit(uncertainty, error, 1)
+    result = {
+        "rows": len(held_out),
+        "slope": slope,
+        "intercept": intercept,
+        "r2": np.corrcoef(uncertainty, error)[0, 1] ** 2,
+        "uncertainty": uncertainty.tolist(),
+        "error": error.tolist(),
+    }
     save(result, folder / "uncertainty.json")
-    plot_uncertainty(folder / "uncertainty.png", result, saved.env_id)
-    print(f"{len(held)} held-out rows: error = {slope:.3g} * std + {intercept:.3g}, R2 = {r2:.3f}")
+    plot_uncertainty(folder / "uncertainty.png", result, combo.args.env_id)
+    line = f"error = {slope:.3g} * std + {intercept:.3g}, R2 = {result['r2']:.3f}"
+    print(f"{len(held_out)} held-out rows: {line}")
     return result
 
 
+def load_fit(run: Path, dataset_path: str | None, settings: type, method: type) -> nn.Module:
+    """A method with a run's first model and its data, or those at another path, on the CPU.
+
+    Its settings split the data as the fit of that model did.
+    """
+    args = load_args(run, settings)
+    fitted_in = Path(args.dynamics_from or run)  # perhaps a run of mopo.py
+    with loading(fitted_in / "args.json") as fitted:
+        args = dataclasses.replace(
+            args,
+            seed=fitted["seed"],
+            holdout_size=fitted["holdout_size"],
+            dataset_path=dataset_path or args.dataset_path,
+            rollout_starts=1,  # a small D_model, since none is needed
+        )
+    dataset = load_dataset(args)
+    obs_dim = dataset["obs"].shape[1]
+    action_dim = dataset["action"].shape[1]
+    combo = method(args, obs_dim, action_dim, torch.device("cpu"))
+    combo.set_data(dataset)
+    load_model(combo, fitted_in)
+    return combo
+
+
 def plot_uncertainty(path: Path, result: dict, title: str) -> None:
-    """The scatter of `probe` with its line."""
-    axes, x = Figure(layout="constrained").subplots(), np.sort(result["uncertainty"])
-    axes.scatter(result["uncertainty"], result["error"], s=6, alpha=0.4, linewidths=0)
+    """Draw what `probe` found, a point per row, and its line of least squares."""
+    x = np.sort(result["uncertainty"])
     line = result["slope"] * x + result["intercept"]
+    axes = Figure(layout="constrained").subplots()
+    axes.scatter(result["uncertainty"], result["error"], s=6, alpha=0.4, linewidths=0)
     axes.plot(x, line, color="black", label=f"least squares, R2 = {result['r2']:.2f}")
     axes.legend(title=title)
     axes.set(xlabel="largest predicted deviation of a member", ylabel="true one-step error")
@@ -834,23 +1068,30 @@ def plot_uncertainty(path: Path, result: dict, title: str) -> None:
 
 
 def main(settings: type = Args, method: type = COMBO) -> None:
-    """The command line. Mistakes end in one sentence on stderr and a non-zero exit status."""
+    """The command line: train, or look at finished runs.
+
+    --select chooses one of them, --probe-uncertainty draws the errors of one's model, and
+    --evaluate scores one's policy.
+    """
     args = parse_args(settings)
-    if args.probe_uncertainty:
-        probe(args)
+    if args.select is not None:
+        select(args.select)
+    elif args.probe_uncertainty:
+        probe(args, method)
     elif args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        report(policy, args, evaluate(policy, args, args.final_episodes, 0), Path(args.evaluate))
+        scores = evaluate(policy, args, args.final_episodes, 0)
+        report(policy, args, scores, Path(args.evaluate))
     else:
         train(args, method)
 
 
-# ===== Appendix: the generalisation tasks of both papers ==========================================
+# ===== Appendix: the generalisation tasks of MOPO and COMBO, the same in mopo.py and combo.py =====
 class HalfCheetahJumpEnv(HalfCheetahEnv):
     """halfcheetah-jump: no faster than 3 m/s, and the higher the better. It never terminates.
 
-    Observation [18]: qpos but x [8], height of the torso in m [1], qvel [9].
-    info["behaviour_reward"] is the task that the data's policy was trained on.
+    An observation [18] is qpos but x [8], the height of the torso in m [1], and qvel [9].
+    info["behaviour_reward"] is the reward of the task that the data's policy was trained on.
     """
 
     def __init__(self, *args, **kwargs):
@@ -868,16 +1109,18 @@ class HalfCheetahJumpEnv(HalfCheetahEnv):
     def step(self, action):
         obs, _, terminated, truncated, info = super().step(action)
         # The appendix prints max; the text ("maximum velocity 3") and the authors' code mean min.
-        behaviour = min(info["x_velocity"], 3.0) + info["reward_ctrl"]  # - 0.1 |a|^2
-        info["behaviour_reward"], jump = float(behaviour), 15.0 * (obs[8] - self.first_height)
+        behaviour = min(info["x_velocity"], 3.0) + info["reward_ctrl"]  # that is, - 0.1 |a|^2
+        jump = 15.0 * (obs[8] - self.first_height)
+        info["behaviour_reward"] = float(behaviour)
         return obs, float(behaviour + jump), terminated, truncated, info
 
 
 class AntAngleEnv(AntEnv):
     """ant-angle: run at 30 degrees to the x axis, on data from a run along it.
 
-    Observation [27]: qpos but x and y [13], qvel [14]. It terminates as Ant does, when the torso
-    leaves heights from 0.2 to 1 m. Velocity: the torso's way during the step over its time.
+    An observation [27] is qpos but x and y [13], and qvel [14]. It terminates as Ant does, when the
+    torso leaves heights from 0.2 to 1 m. The velocity is the torso's way during the step over its
+    time.
     """
 
     def __init__(self, **kwargs):
@@ -899,508 +1142,1228 @@ for name, kind in (("halfcheetah-jump-v0", HalfCheetahJumpEnv), ("ant-angle-v0",
         gymnasium.register(name, kind, max_episode_steps=1000)
 
 
-# ===== Appendix, the same in ampl.py, mopo.py and combo.py: what follows may be skipped ===========
+# ===== Appendix, the same in ampl.py, mopo.py and combo.py: may be skipped ========================
+# Nothing here is part of the method. The sections stand about in the order in which a run meets
+# them:
+#   A. command line      the settings of the run
+#   B. data              a file of D4RL or of Minari, as transitions
+#   C. environments      D4RL's tasks, their rules of ending and their reference scores
+#   D. device            the GPU or the CPU, CUDA graphs, seeds
+#   E. evaluation        scores of a policy, and an episode as a moving picture
+#   F. the run's folder  what a run writes, and how --resume and --evaluate read it
+# The method uses above all:
+#   load_dataset         the transitions of a D4RL or Minari file, checked
+#   make_env             the simulator of a task
+#   known_termination    a task's own rule of ending
+#   reseed               a seed for each phase, so that no phase shifts the draws of another
+#   capture              on a GPU, a step recorded as a CUDA graph; on a CPU, the step itself
+#   Run                  a run's folder: progress, logs, evaluations, checkpoints
+
+
+# ===== A. Command line ============================================================================
+# A setting is what its flag says, else what a derived class of settings says, else what the task's
+# row of `PAPER` says, else what `Args` says.
+# --resume and --evaluate start from the settings of a saved run, and let only a few flags be new.
+NEW_WITH_RESUME = ("total_iterations",)
+NEW_WITH_EVALUATE = ("seed", "eval_episodes", "final_episodes", "async_envs", "capture_video")
+
+
 def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
-    """Two passes: the first finds the task or the run whose settings the second starts from."""
-    about = "\n\n".join((sys.modules[settings.__module__].__doc__ or "").split("\n\n")[:2])
-    for field in dataclasses.fields(settings):
-        if field.name.startswith(getattr(settings, "without", ())):  # an ablation's: not taken
-            settings.__annotations__[field.name] = tyro.conf.Fixed[field.type]
+    """The settings that a command line asks for. Raises SystemExit where it has a mistake.
+
+    The command line is read twice. A first look finds the task, or the saved run; the defaults
+    of the second look are the settings of that task or run, so that --help shows them.
+    """
+    hide_unused_flags(settings)
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
-    default = settings(**dict(zip(PAPER_FLAGS, PAPER.get(first.env_id, ()))), env_id=first.env_id)
-    mode, new = "resume", ["total_iterations"]  # which flags may be new
-    if first.resume is None:
-        mode, new = "evaluate", "seed eval_episodes final_episodes async_envs capture_video".split()
-    if (run := getattr(first, mode)) is not None:
-        default = dataclasses.replace(load_args(run, settings), **{mode: run})
-    given = dict(args=argv, default=default, config=(tyro.conf.SuppressFixed,))
-    args = tyro.cli(settings, description=about, **given)
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if run is not None and name not in new and value != getattr(default, name):
-            sys.exit(f"--{mode} takes {flag} from the run: leave that flag out")
-        least = int(name not in ("seed", "warmup_iterations", "threads"))
-        if type(value) is int and value < least:
-            sys.exit(f"{flag} must be at least {least}")
+    if first.resume is not None:
+        default = dataclasses.replace(load_args(first.resume, settings), resume=first.resume)
+    elif first.evaluate is not None:
+        default = dataclasses.replace(load_args(first.evaluate, settings), evaluate=first.evaluate)
+    else:
+        default = task_args(first.env_id, settings)
+
+    module_docstring = sys.modules[settings.__module__].__doc__ or ""
+    args = tyro.cli(
+        settings,
+        args=argv,
+        default=default,
+        description="\n\n".join(module_docstring.split("\n\n")[:2]),
+        config=(tyro.conf.SuppressFixed,),
+    )
+    if first.resume is not None:
+        refuse_new_flags("--resume", args, default, NEW_WITH_RESUME)
+    elif first.evaluate is not None:
+        refuse_new_flags("--evaluate", args, default, NEW_WITH_EVALUATE)
     if args.track and importlib.util.find_spec("wandb") is None:
         sys.exit("--track needs Weights and Biases: pip install wandb")
     check_args(args)
     return args
 
 
-# --- data: what `import d4rl` would give, without mujoco_py ---
+def task_args(env_id: str, settings: type = Args, **flags) -> Args:
+    """Settings of a task: `flags`, else a derived class's own, else PAPER's, else `Args`'s."""
+    chosen = {"env_id": env_id}
+    for name, value in zip(PAPER_FLAGS, PAPER.get(env_id, ())):
+        if getattr(settings, name) == getattr(Args, name):  # no default of the derived class's own
+            chosen[name] = value
+    chosen.update(flags)
+    return settings(**chosen)
+
+
+def check_ranges(args: Args) -> None:
+    """Stop where a number is outside the range that its type names. Raises SystemExit."""
+    for name, kind in get_type_hints(type(args), include_extras=True).items():
+        value = getattr(args, name)
+        if get_origin(kind) is tuple:  # of numbers, which all have the type of the first
+            kind = get_args(kind)[0]
+            values = value
+        else:
+            values = [value]
+        limits = [extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Range)]
+        for limit in limits:
+            for number in values:
+                check_number("--" + name.replace("_", "-"), number, kind.__origin__, limit)
+
+
+def check_number(flag: str, number: float, kind: type, limit: Range) -> None:
+    """Stop unless it is a finite number of this kind, within its limit. Raises SystemExit."""
+    if kind is int:
+        right_kind = isinstance(number, int) and not isinstance(number, bool)
+        name = "a whole number"
+    else:
+        right_kind = isinstance(number, (int, float)) and math.isfinite(number)
+        name = "a number"
+    if not right_kind:
+        sys.exit(f"{flag} is {number}, but must be {name}")
+    too_low = number < limit.low or (number == limit.low and not limit.low_is_allowed)
+    if too_low or number > limit.high:
+        least = "at least" if limit.low_is_allowed else "above"
+        most = "" if limit.high == math.inf else f" and at most {limit.high:g}"
+        sys.exit(f"{flag} is {number}, but must be {least} {limit.low:g}{most}")
+
+
+def note_changes(args: Args) -> None:
+    """Say in which settings of `PAPER` the run differs from the task's row."""
+    changes = []
+    for name, value in zip(PAPER_FLAGS, PAPER.get(args.env_id, ())):
+        if getattr(args, name) != value:
+            changes.append(f"{name} is {getattr(args, name)} and not {value}")
+    if changes:
+        print(f"note: unlike PAPER's row of {args.env_id}, " + ", ".join(changes))
+
+
+def hide_unused_flags(settings: type) -> None:
+    """Take away the flags that a variant of the method has no use for.
+
+    The variant's class of settings names them in `without`, by how the names of fields begin.
+    """
+    unused = getattr(settings, "without", ())
+    for field in dataclasses.fields(settings):
+        if field.name.startswith(unused):
+            settings.__annotations__[field.name] = tyro.conf.Fixed[field.type]
+
+
+def refuse_new_flags(mode: str, args: Args, saved: Args, may_be_new: tuple[str, ...]) -> None:
+    """Beside --resume or --evaluate (`mode`) most settings are those of the saved run."""
+    for name, value in vars(args).items():
+        if name not in may_be_new and value != getattr(saved, name):
+            flag = "--" + name.replace("_", "-")
+            sys.exit(f"{mode} takes {flag} from the run: leave that flag out")
+
+
+# ===== B. Data ====================================================================================
+# A dataset is found, read, checked and turned into transitions, each by functions of its own. It is
+# a file of D4RL, or one of Minari that is brought into D4RL's form: arrays with a row per step.
+def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dict:
+    """The dataset that `args` name, or D4RL's `arrays`, as N transitions. Raises SystemExit.
+
+        obs          [N, S]
+        action       [N, A]   in [-1, 1]
+        reward       [N]
+        next_obs     [N, S]
+        terminated   [N]      did the task end here? (A time limit is no end.)
+        has_next     [N]      is next_obs truly the state that followed?
+        next_row     [N]      the number of the transition that followed, or -1
+        starts       [E, S]   the first states of all E episodes
+        source       a dict   which data this is, and its mean score, for result.json
+
+    All tensors are on the CPU. The example above `to_transitions` explains the last three of them.
+    """
+    env = make_env(args.env_id)  # comes first, so that a mistyped id costs no download
+    path = find_dataset(args) if arrays is None else Path("arrays")
+    try:
+        if arrays is None:
+            raw = read_hdf5(path)
+            content = path.read_bytes()
+        else:
+            raw = dict(arrays)
+            content = b"".join(np.ascontiguousarray(raw[key]).tobytes() for key in sorted(raw))
+        check_arrays(path, raw, env)
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        sys.exit(f"{path} is missing, cut or no D4RL file ({reason})")
+    check_episodes(path, raw)
+    source = {
+        "dataset": str(path),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "rows": len(raw["rewards"]),
+        "data_score": describe(path, raw, args.env_id),
+    }
+    return to_transitions(raw) | {"source": source}
+
+
+# ----- find -----
 @functools.cache
 def d4rl_tables() -> dict[str, dict]:
-    """DATASET_URLS, REF_MIN_SCORE, REF_MAX_SCORE of the installed d4rl, which is not imported."""
-    if not (spec := importlib.util.find_spec("d4rl")):
+    """DATASET_URLS, REF_MIN_SCORE and REF_MAX_SCORE of the installed package d4rl, by task.
+
+    `import d4rl` would need mujoco_py, so the one file that holds the tables is run by itself.
+    """
+    package = importlib.util.find_spec("d4rl")
+    if package is None:
         sys.exit("d4rl's tables are missing: pip install --no-deps d4rl==1.1")
-    return runpy.run_path(os.path.join(spec.submodule_search_locations[0], "infos.py"))
-
-
-def d4rl_score(env_id: str, returns: np.ndarray) -> np.ndarray:
-    """100 * (return - min) / (max - min) per episode, D4RL's references; raw returns without."""
-    low = d4rl_tables()["REF_MIN_SCORE"].get(env_id, 0.0)
-    high = d4rl_tables()["REF_MAX_SCORE"].get(env_id, 100.0)
-    return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
+    return runpy.run_path(os.path.join(package.submodule_search_locations[0], "infos.py"))
 
 
 def find_dataset(args: Args) -> Path:
-    """--dataset-path, else D4RL's folder, else a download into it."""
+    """--dataset-path, else the task's file in D4RL's folder, else a download into that folder."""
+    if args.dataset_path:
+        return Path(args.dataset_path)
     url = d4rl_tables()["DATASET_URLS"].get(args.env_id)
-    name = (url or f"{args.env_id}.hdf5").rsplit("/", 1)[-1]
+    name = f"{args.env_id}.hdf5" if url is None else url.rsplit("/", 1)[-1]
     folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    path, part = Path(args.dataset_path or folder / name), folder / f"{name}.{os.getpid()}.part"
-    if args.dataset_path or path.exists():
+    path = folder / name
+    if path.exists():
         return path
     if url is None:
         sys.exit(f"{args.env_id} is no D4RL dataset: name an HDF5 file with --dataset-path")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(part))
-        h5py.File(part).close()  # raises on a cut file or a login page
-        os.replace(part, path)
-    except Exception as error:  # the net, the disk and HDF5 each have their own
-        part.unlink(missing_ok=True)
-        minari = "D4RL/" + args.env_id.replace("-", "/", 1).rsplit("-", 1)[0] + "-v2"
-        way = f"minari download {minari}: ~/.minari/datasets/{minari}/data/main_data.hdf5"
-        if not args.env_id.startswith(("pen", "door", "hammer", "relocate")):
-            way = "collect.py makes one anew (Minari's sets of this name are other data)"
-        sys.exit(f"no {args.env_id} data ({error}): put {url} at {path}, or --dataset-path; {way}")
+    download(url, path, args.env_id)
     return path
 
 
+def download(url: str, path: Path, env_id: str) -> None:
+    """Fetch D4RL's file. Only a whole HDF5 file gets the name `path`; a failure leaves nothing."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another run may fetch it as well
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(part))
+        h5py.File(part).close()  # raises where the file is cut, or is a page that asks to log in
+        os.replace(part, path)
+    except Exception as error:  # the network, the disk and HDF5 raise errors of their own
+        part.unlink(missing_ok=True)
+        way = other_source(env_id)
+        sys.exit(f"no {env_id} data ({error}): put {url} at {path}, or --dataset-path; {way}")
+
+
+def other_source(env_id: str) -> str:
+    """Where a user gets the data of a D4RL task if D4RL's own server does not answer."""
+    if family_of(env_id) not in ADROIT:
+        return "collect.py makes one anew (Minari's sets of this name are other data)"
+    name = env_id.rsplit("-", 1)[0].replace("-", "/", 1)  # pen-human-v1 -> pen/human
+    minari = f"D4RL/{name}-v2"
+    return f"minari download {minari}: ~/.minari/datasets/{minari}/data/main_data.hdf5"
+
+
+# ----- read -----
 def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """D4RL's arrays by key; Minari's main_data.hdf5 in the same form."""
+    """The arrays of a file of D4RL or Minari, by D4RL's keys: observations, actions, ..."""
     with h5py.File(path) as file:
-        if "episode_0" not in file:
-            if "note" in file.attrs:  # of collect.py: what this is and is not
-                print(file.attrs["note"])
-            return {key: file[key][()] for key in file if isinstance(file[key], h5py.Dataset)}
-        episodes = [file[f"episode_{i}"] for i in range(len(file))]
-        if isinstance(episodes[0]["observations"], h5py.Group):
-            sys.exit(f"{path}: observations that are dictionaries do not work here")
-        names = {"terminals": "terminations", "actions": "actions", "rewards": "rewards"}
-        raw = {key: np.concatenate([e[name][()] for e in episodes]) for key, name in names.items()}
-        last = np.cumsum([len(e["rewards"]) for e in episodes]) - 1  # a group is an episode
-        raw["timeouts"] = np.isin(np.arange(last[-1] + 1), last) & ~raw["terminals"]
-        raw["observations"] = np.concatenate([e["observations"][:-1] for e in episodes])
-        raw["next_observations"] = np.concatenate([e["observations"][1:] for e in episodes])
-        return raw
+        if "episode_0" in file:
+            return read_minari(path, file)
+        if "note" in file.attrs:  # collect.py writes there what its datasets are and are not
+            print(file.attrs["note"])
+        # The groups beside the arrays ("infos", "metadata") are not needed.
+        return {key: file[key][()] for key in file if isinstance(file[key], h5py.Dataset)}
 
 
+def read_minari(path: Path, file: h5py.File) -> dict[str, np.ndarray]:
+    """Minari's episodes, which are groups of the file, end to end under D4RL's keys.
+
+    An episode of T steps has T + 1 observations, so that s' is known for every step.
+    """
+    episodes = [file[f"episode_{i}"] for i in range(len(file))]
+    if isinstance(episodes[0]["observations"], h5py.Group):
+        sys.exit(f"{path}: observations that are dictionaries do not work here")
+    raw = {
+        "observations": np.concatenate([episode["observations"][:-1] for episode in episodes]),
+        "next_observations": np.concatenate([episode["observations"][1:] for episode in episodes]),
+        "actions": np.concatenate([episode["actions"][()] for episode in episodes]),
+        "rewards": np.concatenate([episode["rewards"][()] for episode in episodes]),
+        "terminals": np.concatenate([episode["terminations"][()] for episode in episodes]),
+    }
+    # A group's last step ends its episode, also where the flags of the file do not say so.
+    is_last = np.zeros(len(raw["rewards"]), bool)
+    end = 0
+    for episode in episodes:
+        end += len(episode["rewards"])
+        is_last[end - 1 : end] = True
+    raw["timeouts"] = is_last & ~raw["terminals"]
+    return raw
+
+
+# ----- check -----
 def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> None:
-    """Refuse what is odd; in place: to float32, actions to [-1, 1], flags of ends to bool."""
-    seen, box = env.observation_space.shape, env.unwrapped.action_space
-    shapes = {"observations": seen, "next_observations": seen, "actions": box.shape, "rewards": ()}
-    for key in sorted(shapes.keys() - ({"next_observations"} - raw.keys())):
-        shape = (len(raw["rewards"]), *shapes[key])
+    """Refuse arrays that cannot be the task's, and give the others one form, in place.
+
+    Afterwards numbers are float32, actions are in [-1, 1], and terminals and timeouts are bool.
+    """
+    # The task's own bounds of actions; `env` itself takes them from [-1, 1] already.
+    action_space = env.unwrapped.action_space
+    size = len(raw["rewards"])
+    shapes = {
+        "actions": (size, *action_space.shape),
+        "observations": (size, *env.observation_space.shape),
+        "rewards": (size,),
+    }
+    if "next_observations" in raw:
+        shapes["next_observations"] = shapes["observations"]
+    for key, shape in shapes.items():
         if raw[key].shape != shape:
             sys.exit(f"{path}: {key} are {raw[key].shape} and not {shape}: of another task?")
         raw[key] = raw[key].astype(np.float32)
         if not np.isfinite(raw[key]).all():
             row = np.argwhere(~np.isfinite(raw[key]))[0][0]
             sys.exit(f"{path}: {key} holds NaN or infinity, first in row {row}")
-    action = raw["actions"]
+    raw["actions"] = unit_actions(path, raw["actions"], action_space)
+
+    terminals = raw.get("terminals", np.zeros(size, bool))
+    raw["terminals"] = terminals.astype(bool).reshape(size)
+    if "timeouts" in raw:
+        raw["timeouts"] = raw["timeouts"].astype(bool).reshape(size)
+    else:
+        limit = env.get_wrapper_attr("_max_episode_steps")
+        raw["timeouts"] = timeouts_by_counting(raw["terminals"], limit)
+
+
+def unit_actions(path: Path, action: np.ndarray, box: gymnasium.spaces.Box) -> np.ndarray:
+    """Actions [rows, A] of the given bounds, scaled to [-1, 1]. A rounding error is cut off."""
     outside = ((action < box.low - 1e-3) | (action > box.high + 1e-3)).any(1)
     if outside.any():
         sys.exit(f"{path}: the action in row {outside.argmax()} leaves the action space")
-    scaled = (action.clip(box.low, box.high) - (box.high + box.low) / 2) / (box.high - box.low) * 2
-    raw["actions"] = scaled.astype(np.float32)  # exactly as stored where the bounds are -1 and 1
-    rows = np.arange(len(action))
-    raw["terminals"] = raw.get("terminals", 0 * rows).astype(bool).reshape(rows.shape)
-    if "timeouts" not in raw:  # then episodes end after as many steps as the task has
-        begins = np.concatenate([[True], raw["terminals"][:-1]])
-        step = 1 + rows - np.maximum.accumulate(np.where(begins, rows, 0))
-        limit = env.get_wrapper_attr("_max_episode_steps")
-        raw["timeouts"] = (step % limit == 0) & ~raw["terminals"]
-    raw["timeouts"] = raw["timeouts"].astype(bool).reshape(rows.shape)
+    # Where the bounds are -1 and 1, as in all of D4RL, this gives exactly what is stored.
+    middle = (box.high + box.low) / 2
+    scaled = (action.clip(box.low, box.high) - middle) / (box.high - box.low) * 2
+    return scaled.astype(np.float32)
 
 
-def load_dataset(args: Args) -> dict:
-    """Transitions [N, ...] on the CPU, checked; rows at time limits are dropped, as in D4RL.
-    has_next [N]: is s' known? (After a terminal stands the next episode's first state; AMPL's and
-    MOPO's code take it.) next_row [N]: that of (s', a'), or -1. starts [episodes, S]. source: dict.
+def timeouts_by_counting(terminals: np.ndarray, limit: int) -> np.ndarray:
+    """For a file that does not tell: episodes are over after as many steps as the task has.
+
+    A terminal [rows] ends an episode as well, and is no timeout even where it is the last step.
     """
-    env, path = make_env(args.env_id), find_dataset(args)  # a wrong id is told first
-    try:
-        raw = read_hdf5(path)
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        check_arrays(path, raw, env)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        sys.exit(f"{path} is missing, cut or no D4RL file ({' '.join(str(error).split())})")
-    obs, size = raw["observations"], len(raw["rewards"])
-    terminated, timeout = raw["terminals"], raw["timeouts"]
-    ended, keep, stored = terminated | timeout, ~timeout, raw.get("next_observations")
-    if ended.sum() < 2 or keep.sum() < 4:
+    timeouts = np.zeros(len(terminals), bool)
+    steps = 0
+    for row, terminal in enumerate(terminals.tolist()):
+        steps += 1
+        if terminal:
+            steps = 0
+        elif steps == limit:
+            timeouts[row] = True
+            steps = 0
+    return timeouts
+
+
+def check_episodes(path: Path, raw: dict[str, np.ndarray]) -> None:
+    """Refuse a dataset without episodes that end, or with hardly a transition."""
+    ended = raw["terminals"] | raw["timeouts"]
+    usable = ~raw["timeouts"]
+    if ended.sum() < 2 or usable.sum() < 4:
         sys.exit(f"{path}: it needs at least two episodes that end, and four rows not at a limit")
-    returns = np.diff(np.cumsum(raw["rewards"], dtype=np.float64)[ended], prepend=0.0)
-    score = float(d4rl_score(args.env_id, returns).mean())
-    if terminated.any() and not args.env_id.lower().startswith(("hopper", "walker", "ant", "pen")):
+
+
+def describe(path: Path, raw: dict[str, np.ndarray], env_id: str) -> float:
+    """Print what the dataset is. -> the mean score of its whole episodes"""
+    ends = np.flatnonzero(raw["terminals"] | raw["timeouts"])
+    # The last piece is no whole episode: it has the rows after the last end, if there are any.
+    episodes = np.split(raw["rewards"], ends + 1)[:-1]
+    returns = np.array([rewards.sum(dtype=np.float64) for rewards in episodes])
+    score = float(d4rl_score(env_id, returns).mean())
+    if raw["terminals"].any() and family_of(env_id) not in ENDS:
         print("note: this task's rule of ending is unknown: rollouts end only far outside the data")
+    size = len(raw["rewards"])
     print(f"{path}: {size} rows, {len(returns)} whole episodes with a mean score of {score:.1f}")
-    follows = ~ended & (np.arange(size) + 1 < size)  # the next row goes on with this episode
-    if stored is None:
-        keep[-1] &= terminated[-1]  # a cut tail: its last row has no s'
-        stored = np.where(follows[:, None], np.roll(obs, -1, 0), obs)
-    next_row = np.where(follows & np.roll(keep, -1), np.roll(np.cumsum(keep) - 1, -1), -1)
-    has_next = np.ones(size, bool) if "next_observations" in raw else ~terminated
-    rows = dict(obs=obs, action=raw["actions"], reward=raw["rewards"], next_obs=stored)
-    rows |= dict(terminated=terminated, has_next=has_next, next_row=next_row)
-    rows = {key: torch.from_numpy(value[keep]) for key, value in rows.items()}
-    rows["starts"] = torch.from_numpy(obs[np.concatenate([[True], ended[:-1]])])
-    return rows | {"source": dict(dataset=str(path), sha256=sha256, rows=size, data_score=score)}
+    return score
 
 
-# D4RL family: gymnasium id, D4RL's time limit, where palm minus object stands in an observation.
+# ----- to transitions -----
+# Six rows as an example. The first episode, a b c, ends in a terminal; the second, d e, ends at a
+# time limit; the third is cut after f, because D4RL's files end at a round number of rows.
+#
+#     row of the file    0    1    2    3    4    5
+#     observations       a    b    c    d    e    f
+#     terminals          -    -    yes  -    -    -
+#     timeouts           -    -    -    -    yes  -
+#
+# Rows 0 to 3 become transitions. Row 4 is dropped, as in D4RL's own loader, which drops every row
+# at a time limit. Row 5 is dropped because its s' is not stored. That of row 2 is not stored
+# either (D4RL's loader takes d), but nothing bootstraps from a terminal state, so the row stays.
+#
+#     transition         0    1    2    3
+#     obs                a    b    c    d
+#     next_obs           b    c    c    e    (c stands in for the s' of row 2)
+#     terminated         -    -    yes  -
+#     has_next           yes  yes  -    yes  (is next_obs truly s'?)
+#     next_row           1    2    -1   -1   (the transition of (s', a'); row 4 became none)
+#     starts             a    d    f         (the first observation of each episode)
+#
+# In a file with the key next_observations every row has its s'. Then has_next is true everywhere,
+# and row 5 is a transition, too. A row with both flags counts as a row at a time limit.
+def to_transitions(raw: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """Checked arrays [rows, ...] -> tensors [N, ...], as in the example above."""
+    obs = raw["observations"]
+    terminated = raw["terminals"]
+    ended = terminated | raw["timeouts"]
+    size = len(obs)
+    # The rows whose episode goes on in the row after them. The file's last row has none after it.
+    going_on = np.flatnonzero(~ended[:-1])
+
+    keep = ~raw["timeouts"]
+    if "next_observations" in raw:
+        next_obs = raw["next_observations"]
+        has_next = np.ones(size, bool)
+    else:
+        next_obs = obs.copy()
+        next_obs[going_on] = obs[going_on + 1]
+        has_next = ~terminated
+        if not terminated[-1]:
+            keep[-1] = False  # nothing stands after it that could be its s'
+
+    transition = np.full(size, -1)  # what becomes of each row: in the example 0 1 2 3 -1 -1
+    transition[keep] = np.arange(keep.sum())
+    next_row = np.full(size, -1)
+    next_row[going_on] = transition[going_on + 1]
+
+    is_start = np.ones(size, bool)
+    is_start[1:] = ended[:-1]
+
+    columns = {
+        "obs": obs,
+        "action": raw["actions"],
+        "reward": raw["rewards"],
+        "next_obs": next_obs,
+        "terminated": terminated,
+        "has_next": has_next,
+        "next_row": next_row,
+    }
+    data = {key: torch.from_numpy(column[keep]) for key, column in columns.items()}
+    data["starts"] = torch.from_numpy(obs[is_start])
+    return data
+
+
+# ===== C. Environments ============================================================================
+# D4RL's tasks run on gymnasium's simulators, changed where those are not what D4RL had. Any other
+# environment that is registered with gymnasium works as well, and may enter rules in the tables.
+def family_of(env_id: str) -> str:
+    """The first word of an id: hopper of hopper-medium-v2 and of Hopper-v4."""
+    return env_id.split("-")[0].lower()
+
+
+# Families of D4RL that gymnasium and gymnasium-robotics simulate: the id there, and D4RL's time
+# limit in steps.
 SIMULATORS = {
-    "hopper": ("Hopper-v4", 1000, None),
-    "halfcheetah": ("HalfCheetah-v4", 1000, None),
-    "walker2d": ("Walker2d-v4", 1000, None),
-    "pen": ("AdroitHandPen-v1", 100, None),
-    "door": ("AdroitHandDoor-v1", 200, lambda obs: obs[35:38]),
-    "hammer": ("AdroitHandHammer-v1", 200, lambda obs: obs[33:36] - obs[36:39]),
-    "relocate": ("AdroitHandRelocate-v1", 200, lambda obs: obs[30:33]),
+    "hopper": ("Hopper-v4", 1000),
+    "halfcheetah": ("HalfCheetah-v4", 1000),
+    "walker2d": ("Walker2d-v4", 1000),
+    "pen": ("AdroitHandPen-v1", 100),
+    "door": ("AdroitHandDoor-v1", 200),
+    "hammer": ("AdroitHandHammer-v1", 200),
+    "relocate": ("AdroitHandRelocate-v1", 200),
 }
-# D4RL's layouts: '#' wall, 'O' open, 'G' the goal cell. Row i and column j are x and y.
+ADROIT = ("pen", "door", "hammer", "relocate")
+PEN_DROPPED = 0.075  # m, the height of the pen below which it has fallen from the hand
+# Where an observation has the way from the palm to the object that it reaches for, in m.
+REACH = {
+    "door": lambda obs: obs[35:38],
+    "hammer": lambda obs: obs[33:36] - obs[36:39],
+    "relocate": lambda obs: obs[30:33],
+}
+# D4RL's mazes: '#' is wall, 'O' is open, 'G' is the open cell with the goal. The line is x, the
+# place in the line is y.
 MAZES = {
-    "open": "#######/#OOOOO#/#OOGOO#/#OOOOO#/#######",
-    "umaze": "#####/#GOO#/###O#/#OOO#/#####", "eval-umaze": "#####/#OOG#/#O###/#OOO#/#####",
-    "medium": "########/#OO##OO#/#OO#OOO#/##OOO###/#OO#OOO#/#O#OO#O#/#OOO#OG#/########",
-    "large": "############/#OOOO#OOOOO#/#O##O#O#O#O#/#OOOOOO#OOO#/#O####O###O#/"
-    "#OO#O#OOOOO#/##O#O#O#O###/#OO#OOO#OGO#/############",
-    "eval-medium": "########/#OOOOOG#/#O#O##O#/#OOOO#O#/###OO###/#OOOOOO#/#OO##OO#/########",
-    "eval-large": "############/#OO#OOO#OGO#/##O###O#O#O#/#OO#O#OOOOO#/#O##O#OO##O#/"
-    "#OOOOOO#OOO#/#O##O#O#O###/#OOOO#OOOOO#/############",
-}  # fmt: skip
-MAZE_LIMITS = {"open": 150, "umaze": 300, "medium": 600, "large": 800}
+    "open": (
+        "#######",
+        "#OOOOO#",
+        "#OOGOO#",
+        "#OOOOO#",
+        "#######",
+    ),
+    "umaze": (
+        "#####",
+        "#GOO#",
+        "###O#",
+        "#OOO#",
+        "#####",
+    ),
+    "eval-umaze": (
+        "#####",
+        "#OOG#",
+        "#O###",
+        "#OOO#",
+        "#####",
+    ),
+    "medium": (
+        "########",
+        "#OO##OO#",
+        "#OO#OOO#",
+        "##OOO###",
+        "#OO#OOO#",
+        "#O#OO#O#",
+        "#OOO#OG#",
+        "########",
+    ),
+    "eval-medium": (
+        "########",
+        "#OOOOOG#",
+        "#O#O##O#",
+        "#OOOO#O#",
+        "###OO###",
+        "#OOOOOO#",
+        "#OO##OO#",
+        "########",
+    ),
+    "large": (
+        "############",
+        "#OOOO#OOOOO#",
+        "#O##O#O#O#O#",
+        "#OOOOOO#OOO#",
+        "#O####O###O#",
+        "#OO#O#OOOOO#",
+        "##O#O#O#O###",
+        "#OO#OOO#OGO#",
+        "############",
+    ),
+    "eval-large": (
+        "############",
+        "#OO#OOO#OGO#",
+        "##O###O#O#O#",
+        "#OO#O#OOOOO#",
+        "#O##O#OO##O#",
+        "#OOOOOO#OOO#",
+        "#O##O#O#O###",
+        "#OOOO#OOOOO#",
+        "############",
+    ),
+}
+MAZE_LIMITS = {"open": 150, "umaze": 300, "medium": 600, "large": 800}  # steps, eval- or not
 
 
-def known_termination(env_id: str, s: Tensor) -> Tensor:
-    """The task's own rule, on next observations [..., S] -> bool [...]."""
-    family = env_id.split("-")[0].lower()
-    if family == "hopper":
-        sane = s.isfinite().all(-1) & (s[..., 1:].abs() < 100).all(-1)
-        return ~(sane & (s[..., 0] > 0.7) & (s[..., 1].abs() < 0.2))
-    if family == "walker2d":
-        return ~((s[..., 0] > 0.8) & (s[..., 0] < 2.0) & (s[..., 1].abs() < 1.0))
-    if family == "ant":  # heights in m, from gymnasium's Ant
-        return ~(s.isfinite().all(-1) & (s[..., 0] >= 0.2) & (s[..., 0] <= 1.0))
-    if family == "pen":  # height of the pen in m
-        return s[..., 26] < 0.075
-    return torch.zeros_like(s[..., 0], dtype=torch.bool)  # halfcheetah, maze2d, other Adroit: never
+# ----- rules of ending -----
+def hopper_ends(next_obs: Tensor) -> Tensor:
+    """The hopper has fallen or leans over, or a number is out of range."""
+    in_range = next_obs.isfinite().all(-1) & (next_obs[..., 1:].abs() < 100).all(-1)
+    upright = (next_obs[..., 0] > 0.7) & (next_obs[..., 1].abs() < 0.2)  # m, rad
+    return ~(in_range & upright)
+
+
+def walker2d_ends(next_obs: Tensor) -> Tensor:
+    """The walker has fallen or jumped too high, or leans over."""
+    height = next_obs[..., 0]  # m
+    angle = next_obs[..., 1]  # rad
+    return ~((height > 0.8) & (height < 2.0) & (angle.abs() < 1.0))
+
+
+def ant_ends(next_obs: Tensor) -> Tensor:
+    """The torso has left the heights that gymnasium's Ant allows."""
+    height = next_obs[..., 0]  # m
+    return ~(next_obs.isfinite().all(-1) & (height >= 0.2) & (height <= 1.0))
+
+
+def pen_ends(next_obs: Tensor) -> Tensor:
+    """The hand has dropped the pen."""
+    return next_obs[..., 26] < PEN_DROPPED
+
+
+# The rule of ending by family: next observations [..., S] -> bool [...]. Tasks of other families
+# never end before their time limit: of D4RL's, halfcheetah, maze2d and the rest of Adroit.
+ENDS = {
+    "hopper": hopper_ends,
+    "walker2d": walker2d_ends,
+    "ant": ant_ends,
+    "pen": pen_ends,
+}
+
+
+def known_termination(env_id: str, next_obs: Tensor) -> Tensor:
+    """Whether the task ends at these states, by its own rule: [..., S] -> bool [...]."""
+    family = family_of(env_id)
+    if family in ENDS:
+        return ENDS[family](next_obs)
+    return torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
+
+
+# ----- reference scores -----
+# The returns that make scores 0 and 100, by id, for tasks that are not D4RL's, which has tables.
+REFERENCES: dict[str, tuple[float, float]] = {}
+
+
+def reference_returns(env_id: str) -> tuple[float, float]:
+    """The returns that make scores 0 and 100. Without references a score is the return itself."""
+    if env_id in REFERENCES:
+        return REFERENCES[env_id]
+    tables = d4rl_tables()
+    if env_id in tables["REF_MIN_SCORE"]:
+        return tables["REF_MIN_SCORE"][env_id], tables["REF_MAX_SCORE"][env_id]
+    return 0.0, 100.0
+
+
+def d4rl_score(env_id: str, returns: np.ndarray) -> np.ndarray:
+    """D4RL's normalized score of each return: 100 * (return - low) / (high - low)."""
+    low, high = reference_returns(env_id)
+    return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
+
+
+# ----- simulators -----
+def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
+    """A task of D4RL as D4RL has it, else any registered environment; actions in [-1, 1].
+
+    Raises SystemExit where there is no such environment, or none that fits.
+    """
+    load_simulators()
+    if env_id in d4rl_tables()["DATASET_URLS"]:
+        family = family_of(env_id)
+        if family == "maze2d":
+            return make_maze2d(env_id, render_mode)
+        if family in SIMULATORS:
+            return make_mujoco(family, render_mode)
+        if env_id not in gymnasium.registry:
+            sys.exit(f"--env-id {env_id}: D4RL's {family} tasks have no simulator here")
+    return make_registered(env_id, render_mode)
+
+
+def load_simulators() -> None:
+    """Register gymnasium-robotics' environments, and silence what is said of old versions."""
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # "-v4 is out of date": it is D4RL's
+    mujoco.set_mju_user_warning(lambda text: None)  # on a setting in HalfCheetah's model
+    with contextlib.redirect_stderr(io.StringIO()):  # the import recommends other versions
+        import gymnasium_robotics
+    gymnasium.register_envs(gymnasium_robotics)
+
+
+def make_maze2d(env_id: str, render_mode: str | None) -> gymnasium.Env:
+    """Of maze2d-umaze-v1, maze2d-eval-large-dense-v1, ..."""
+    maze = env_id.removeprefix("maze2d-").rsplit("-", 1)[0]  # without family and version
+    layout = maze.removesuffix("-dense")
+    env = Maze2d(layout, maze.endswith("-dense"), render_mode)
+    return gymnasium.wrappers.TimeLimit(env, MAZE_LIMITS[layout.removeprefix("eval-")])
+
+
+def make_mujoco(family: str, render_mode: str | None) -> gymnasium.Env:
+    """Of a family in SIMULATORS. Its datasets (human, medium, ...) all have the same simulator."""
+    name, time_limit = SIMULATORS[family]
+    env = gymnasium.make(name, max_episode_steps=time_limit, render_mode=render_mode)
+    return D4RLSemantics(env, family)
+
+
+def make_registered(env_id: str, render_mode: str | None) -> gymnasium.Env:
+    """Any other environment of gymnasium, with a limit of 1000 steps where it has none itself."""
+    try:
+        if render_mode is None:
+            env = gymnasium.make(env_id)  # a class that never renders need not take a render_mode
+        else:
+            env = gymnasium.make(env_id, render_mode=render_mode)
+        if env.spec.max_episode_steps is None:
+            env = gymnasium.wrappers.TimeLimit(env, 1000)
+    except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
+        reason = " ".join(str(error).split())
+        known_ids = {*d4rl_tables()["DATASET_URLS"], *gymnasium.registry} - {env_id}
+        near = difflib.get_close_matches(env_id, known_ids)
+        guess = " or ".join(near) or "another"
+        sys.exit(f"cannot make {env_id} ({reason}): did you mean {guess}?")
+    for space in (env.observation_space, env.action_space):
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+            sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
+    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
 class D4RLSemantics(gymnasium.Wrapper):
-    """Ends and rewards a step as D4RL's environments do and gymnasium's successors do not."""
+    """Ends and rewards a step as D4RL's environments do and their successors do not."""
 
-    def __init__(self, env: gymnasium.Env, family: str, reach: Callable | None):
+    def __init__(self, env: gymnasium.Env, family: str):
         super().__init__(env)
-        self.family, self.reach = family, reach
+        self.family = family
 
     def step(self, action):
         obs, reward, terminated, truncated, info = self.env.step(action)
-        if self.family == "pen":  # gymnasium-robotics goes on after a drop; obs[26]: height in m
-            terminated = bool(obs[26] < 0.075)
-        if self.reach is not None:  # gymnasium-robotics 1.4.2 has +0.1 * distance, D4RL -0.1
-            reward -= 0.2 * np.linalg.norm(self.reach(obs))
-        return obs, float(reward), terminated and not truncated, truncated, info  # as in D4RL
+        if self.family == "pen":  # gymnasium-robotics goes on after the pen was dropped
+            terminated = bool(obs[26] < PEN_DROPPED)
+        if self.family in REACH:
+            # gymnasium-robotics 1.4.2 adds 0.1 * distance of the palm, which D4RL subtracts.
+            distance = np.linalg.norm(REACH[self.family](obs))
+            reward = reward - 0.2 * distance
+        if truncated:  # D4RL has no row with both flags: the time limit wins
+            terminated = False
+        return obs, float(reward), terminated, truncated, info
 
 
 class Maze2d(gymnasium.Wrapper):
-    """D4RL's maze2d: PointMaze's ball, walls and speed limit; its own frame, starts and reward."""
+    """D4RL's maze2d: the ball, walls and speed limit of PointMaze, the rest as D4RL has it.
 
-    def __init__(self, maze: str, dense: bool, render_mode: str | None):
-        from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv
+    An observation is x, y and the velocities [4]; where the ball starts, how far the origin is
+    from the maze's corner, and the reward are D4RL's. Nothing ends an episode but its time limit.
+    """
 
-        rows = MAZES[maze].split("/")
-        walls = [[int(kind == "#") for kind in column] for column in zip(*rows)][::-1]
-        super().__init__(PointMazeEnv(maze_map=walls, render_mode=render_mode).point_env)
-        cells = [(kind, (i, j)) for i, row in enumerate(rows) for j, kind in enumerate(row)]
-        self.open = np.array([cell for kind, cell in cells if kind in "OG"], np.float64)
-        self.goal = np.array([cell for kind, cell in cells if kind == "G"][0], np.float64)
-        self.origin = np.array([len(rows), len(rows[0]), 0, 0]) / 2 - [0.7, 0.7, 0, 0]
+    def __init__(self, layout: str, dense: bool, render_mode: str | None):
+        from gymnasium_robotics.envs.maze.point_maze import PointMazeEnv  # see load_simulators
+
+        cells = np.array([list(line) for line in MAZES[layout]])  # cells[x, y], one letter each
+        # PointMaze reads its map as one sees it: x to the right, y upwards, 1 is wall.
+        walls = (cells == "#").astype(int).T[::-1]
+        maze = PointMazeEnv(maze_map=walls.tolist(), render_mode=render_mode)
+        super().__init__(maze.point_env)
+        self.open = np.argwhere(cells != "#").astype(np.float64)  # [open cells, 2]
+        self.goal = np.argwhere(cells == "G")[0].astype(np.float64)  # [2]
+        # PointMaze counts from the middle of the maze. D4RL's cell (0, 0) begins at (-0.7, -0.7).
+        length, width = cells.shape
+        self.origin = np.array([length / 2 - 0.7, width / 2 - 0.7, 0, 0])
         self.dense = dense
 
     def reset(self, *, seed=None, options=None):
         self.env.reset(seed=seed)
         random = self.unwrapped.np_random
-        position = self.open[random.integers(len(self.open))] + random.uniform(-0.1, 0.1, 2)
-        self.unwrapped.set_state(position - self.origin[:2], 0.1 * random.standard_normal(2))
+        cell = self.open[random.integers(len(self.open))]
+        position = cell + random.uniform(-0.1, 0.1, 2)
+        velocity = 0.1 * random.standard_normal(2)
+        self.unwrapped.set_state(position - self.origin[:2], velocity)
         return self.unwrapped._get_obs()[0] + self.origin, {}
 
     def step(self, action):
         obs = self.env.step(action)[0] + self.origin
         distance = np.linalg.norm(obs[:2] - self.goal)
-        reward = np.exp(-distance) if self.dense else float(distance <= 0.5)
+        reward = np.exp(-distance) if self.dense else distance <= 0.5
         return obs, float(reward), False, False, {}
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
-    """A D4RL id with D4RL's semantics, else any registered environment; actions in [-1, 1]."""
-    urls, (family, *words) = d4rl_tables()["DATASET_URLS"], env_id.split("-")
-    gymnasium.logger.min_level = gymnasium.logger.ERROR  # else "-v4 is out of date"; it is D4RL's
-    mujoco.set_mju_user_warning(lambda text: None)  # mujoco 4 on HalfCheetah's `settotalmass`
-    with contextlib.redirect_stderr(io.StringIO()):  # a note on other versions of it
-        import gymnasium_robotics
-    gymnasium.register_envs(gymnasium_robotics)
-    if env_id in urls and family == "maze2d":
-        maze = "-".join(word for word in words[:-1] if word != "dense")
-        env = Maze2d(maze, "dense" in words, render_mode)
-        return gymnasium.wrappers.TimeLimit(env, MAZE_LIMITS[maze.removeprefix("eval-")])
-    if env_id in urls and family in SIMULATORS:
-        name, limit, reach = SIMULATORS[family]
-        env = gymnasium.make(name, max_episode_steps=limit, render_mode=render_mode)
-        return D4RLSemantics(env, family, reach)
-    if env_id in urls:
-        sys.exit(f"--env-id {env_id}: D4RL's {family} tasks have no simulator here")
-    try:
-        env = gymnasium.make(env_id, **(dict(render_mode=render_mode) if render_mode else {}))
-        if env.spec.max_episode_steps is None:
-            env = gymnasium.wrappers.TimeLimit(env, 1000)
-    except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
-        near = difflib.get_close_matches(env_id, {*urls, *gymnasium.registry} - {env_id})
-        why = " ".join(str(error).split())
-        sys.exit(f"cannot make {env_id} ({why}): did you mean {' or '.join(near) or 'another'}?")
-    spaces = env.observation_space, env.action_space
-    if not all(isinstance(x, gymnasium.spaces.Box) and len(x.shape) == 1 for x in spaces):
-        sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
-    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+# ===== D. Device, CUDA graphs, seeds ==============================================================
+# A GPU spends most of a small step waiting for Python to launch it. `capture` records a step once,
+# as a CUDA graph, and launches it as a whole from then on.
+def choose_device(args: Args) -> torch.device:
+    """The GPU if there is one, else the CPU. Sets how exactly either computes products."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.tf32 else "ieee"
+    # Adam warns where a step that it could record is taken plainly, as `capture` does at first.
+    warnings.filterwarnings("ignore", ".*capturable=True.*")
+    if args.cuda and torch.cuda.is_available():
+        return torch.device("cuda")
+    if args.cpu_fast_matmul:
+        choose_cpu_products()
+    return torch.device("cpu")
 
 
+def choose_cpu_products() -> None:
+    """Let oneDNN compute products of matrices, if what it computes is as exact as fp32.
+
+    The setting "bf16" lets it, and would also allow it to round to bf16. It does so only on CPUs
+    with AMX; on others it stays with fp32, and on AMD's is up to 1.7 times faster than torch's
+    default. So the result of a test decides.
+    """
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    a = torch.randn(2, 512, 400)
+    b = torch.randn(2, 400, 300)
+    product = a @ b
+    # The three products of a layer: forward, and the gradients of its input and of its weights.
+    for left, right in ((a, b), (product, b.mT), (a.mT, product)):
+        exact = left.double() @ right.double()
+        error = (left @ right - exact).abs().max()
+        if error > 5e-6 * exact.abs().max():
+            torch.backends.mkldnn.matmul.fp32_precision = "none"
+
+
+def capture(step: Callable[..., dict], args: Args) -> Callable[..., dict]:
+    """`step` as a CUDA graph, which does the same in less time; on a CPU it is `step` itself.
+
+    A graph holds no `if`, so each combination of the arguments of `step`, which are bool, gets one
+    of its own.
+    """
+    if not (args.cuda and args.cuda_graphs and torch.cuda.is_available()):
+        return step
+    recorded = {}
+
+    def call(*flags: bool) -> dict:
+        if flags not in recorded:
+            recorded[flags] = RecordedStep(functools.partial(step, *flags))
+        return recorded[flags]()
+
+    return call
+
+
+class RecordedStep:
+    """A step, from its fourth call on as a CUDA graph.
+
+    The graph repeats what the GPU was told to do when it was recorded, on the same tensors, without
+    the Python around it. So the step may neither wait for the GPU nor read a Python value that
+    changes. Its result is always the same dict, whose tensors each call overwrites.
+    """
+
+    def __init__(self, step: Callable[[], dict]):
+        self.step = step
+        self.graph = torch.cuda.CUDAGraph()
+        self.side_stream = torch.cuda.Stream()
+        self.calls = 0
+        self.result = {}
+
+    def __call__(self) -> dict:
+        self.calls += 1
+        if self.calls <= 3:
+            # CUDA asks for some plain steps on a side stream before it records. They are real ones.
+            self.side_stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.side_stream):
+                plain_result = self.step()
+            torch.cuda.current_stream().wait_stream(self.side_stream)
+            return plain_result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph):  # this records, and computes nothing
+                self.result = self.step()
+        self.graph.replay()
+        return self.result
+
+
+def reseed(seed: int, phase: str, k: int = 0) -> None:
+    """Give phase number k of a name its own random numbers, however many the others have drawn."""
+    digest = hashlib.sha256(f"{seed} {phase} {k}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:4], "little"))
+
+
+# ===== E. Evaluation and video ====================================================================
+# Whatever has a function `act`, from observations [n, S] to actions [n, A] in [-1, 1], can be
+# evaluated. A score is the return of a whole episode on D4RL's scale.
 @functools.lru_cache(maxsize=1)
 def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.VectorEnv:
-    """`count` environments, made once: an Adroit one takes 0.1 s to build."""
-    kind = gymnasium.vector.AsyncVectorEnv if asynchronous else gymnasium.vector.SyncVectorEnv
-    return kind([functools.partial(make_env, env_id)] * count)
+    """`count` environments side by side, made once a run: building Adroit's takes 0.1 s each."""
+    makers = [functools.partial(make_env, env_id)] * count
+    if asynchronous:
+        return gymnasium.vector.AsyncVectorEnv(makers)
+    return gymnasium.vector.SyncVectorEnv(makers)
 
 
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
-    """D4RL scores [L, episodes]: rounds of one episode in each of `eval_episodes` environments."""
-    shape, rounds = (method.learners, args.eval_episodes), []
-    many_cores = method.device.type == "cuda" and os.cpu_count() >= 8
-    asynchronous = many_cores if args.async_envs is None else args.async_envs
-    envs = vector_env(args.env_id, math.prod(shape), asynchronous)
+    """Scores [episodes] of the policy `method.act`; k numbers the evaluations of a run.
+
+    The training's random numbers stay as they are, so that it may be evaluated at any time.
+    """
+    asynchronous = args.async_envs
+    if asynchronous is None:  # with a GPU the other cores are idle; a few cores gain nothing
+        asynchronous = method.device.type == "cuda" and os.cpu_count() >= 8
+    envs = vector_env(args.env_id, args.eval_episodes, asynchronous)
+    scores = []
     with torch.random.fork_rng():
         reseed(args.seed, "evaluation", k)
         for first in range(0, episodes, args.eval_episodes):
-            returns, live = np.zeros(envs.num_envs), np.ones(envs.num_envs, bool)
-            obs, _ = envs.reset(seed=10**10 * args.seed + 1000 * (k + first))  # all differ
-            while live.any():
-                action = method.act(obs.reshape(*shape, -1)).reshape(envs.num_envs, -1)
-                obs, reward, terminated, truncated, _ = envs.step(action)
-                returns += live * reward
-                live &= ~(terminated | truncated)
-            rounds.append(d4rl_score(args.env_id, returns.reshape(shape)))
-    return np.concatenate(rounds, 1)[:, :episodes]
+            # Environment i is seeded with i more: no two episodes of whatever seeds begin alike.
+            env_seed = 10**10 * args.seed + 1000 * (k + first)
+            returns = one_episode_each(method, envs, env_seed)
+            scores.append(d4rl_score(args.env_id, returns))
+    return np.concatenate(scores)[:episodes]
+
+
+def one_episode_each(
+    method: nn.Module, envs: gymnasium.vector.VectorEnv, env_seed: int
+) -> np.ndarray:
+    """Returns [environments] of one episode in each environment.
+
+    Those that are done wait for the others. To take the first episodes that end, wherever they
+    do, would prefer short ones.
+    """
+    returns = np.zeros(envs.num_envs)
+    running = np.ones(envs.num_envs, bool)
+    obs, _ = envs.reset(seed=env_seed)
+    while running.any():
+        obs, reward, terminated, truncated, _ = envs.step(method.act(obs))
+        returns[running] += reward[running]
+        running &= ~(terminated | truncated)
+    return returns
 
 
 def report(method: nn.Module, args: Args, final: np.ndarray, run: Path) -> None:
-    """Print the scores `final` [L, episodes], and render an episode if asked."""
-    for seed, x in enumerate(final, args.seed):
-        print(f"seed {seed}: normalized score {x.mean():.1f} +- {x.std() / len(x) ** 0.5:.1f}")
+    """Print the mean of the scores `final` [episodes] with its standard error; render if asked."""
+    error = final.std() / len(final) ** 0.5
+    print(f"normalized score over {len(final)} episodes: {final.mean():.1f} +- {error:.1f}")
     if args.capture_video:
         record_episode(method, args, run / "episode.gif")
 
 
 def record_episode(method: nn.Module, args: Args, path: Path) -> None:
-    """An episode of the first learner, every third step, as a GIF."""
-    env, frames, over = make_env(args.env_id, render_mode="rgb_array"), [], False
+    """Save an episode as a GIF, every third step of it."""
+    env = make_env(args.env_id, render_mode="rgb_array")
     obs, _ = env.reset(seed=args.seed)
+    frames = []
+    over = False
     while not over:
         try:
             frames.append(Image.fromarray(env.render()))
         except Exception as error:  # every OpenGL backend fails in its own way
             sys.exit(f"cannot render ({error}); without a screen set MUJOCO_GL=egl or osmesa")
-        action = method.act(np.stack([obs[None]] * method.learners))[0, 0]
-        obs, _, terminated, truncated, _ = env.step(action)
+        obs, _, terminated, truncated, _ = env.step(method.act(obs[None])[0])
         over = terminated or truncated
     frames[0].save(path, save_all=True, append_images=frames[3::3], duration=50, loop=0)
 
 
-def choose_device(args: Args) -> torch.device:
-    """The GPU if there is one, else the CPU with its faster library; precision of products."""
-    torch.set_num_threads(args.threads or torch.get_num_threads())
-    torch.backends.cuda.matmul.fp32_precision = "tf32" if args.tf32 else "ieee"
-    warnings.filterwarnings("ignore", ".*capturable=True.*")  # the real steps before a recording
-    if args.cuda and torch.cuda.is_available():
-        return torch.device("cuda")
-    if args.cpu_fast_matmul:
-        # "bf16" lets oneDNN compute products, in bf16 if it likes. Without AMX it does not: fp32,
-        # up to 1.7 times faster than torch's default on AMD. So the result decides.
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        a, b = torch.randn(2, 512, 400), torch.randn(2, 400, 300)
-        for left, right in ((a, b), (a @ b, b.mT), (a.mT, a @ b)):
-            exact = left.double() @ right.double()
-            if (left @ right - exact).abs().max() > 5e-6 * exact.abs().max():
-                torch.backends.mkldnn.matmul.fp32_precision = "none"
-    return torch.device("cpu")
+# ===== F. The run's folder ========================================================================
+# `Run` keeps a run's progress and writes its folder. Below it stand the functions that save and
+# load single files; a file is always the old one or the new one as a whole.
+class Bar:
+    """A progress bar with the time left. Off a terminal it prints a line a minute instead.
 
+    (A file would receive a bar's every state.) `total` is None where the end is not known.
+    """
 
-def capture(step: Callable[[], dict], args: Args) -> Callable[[], dict]:
-    """`step`, recorded as a CUDA graph at its fourth call and replayed after; as it is on a CPU."""
-    if not (args.cuda and args.cuda_graphs and torch.cuda.is_available()):
-        return step
-    graph, stream, logs, calls = torch.cuda.CUDAGraph(), torch.cuda.Stream(), {}, 0
+    def __init__(self, name: str, total: int | None, done: int = 0):
+        self.name = name
+        self.total = total
+        self.first = done  # of which no time is known
+        self.done = done
+        self.text = ""  # what stands behind the bar
+        self.started = time.monotonic()
+        self.printed = self.started
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            desc=name,
+            total=total,
+            initial=done,
+            leave=False,
+            dynamic_ncols=True,
+            disable=not self.on_terminal,
+        )
 
-    def call() -> dict:
-        nonlocal calls
-        calls += 1
-        if calls == 4:
-            with torch.cuda.graph(graph):
-                logs.update(step())
-        if calls >= 4:
-            graph.replay()
-            return logs
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # real steps, on the side stream that recording asks for
-            result = step()
-        torch.cuda.current_stream().wait_stream(stream)
-        return result
+    def move_to(self, done: int, text: str) -> None:
+        """Show that `done` of `total` are done, and a text."""
+        if self.on_terminal:
+            if text != self.text:  # this draws the bar, and takes a while
+                self.bar.set_postfix_str(text)
+            self.bar.update(done - self.done)
+        self.done = done
+        self.text = text
+        if not self.on_terminal and time.monotonic() - self.printed >= 60:
+            self.print_line()
 
-    return call
+    def print_line(self) -> None:
+        """Print the bar's present state as a line."""
+        self.printed = time.monotonic()
+        seconds = self.printed - self.started
+        rate = (self.done - self.first) / seconds
+        line = tqdm.format_meter(
+            self.done, self.total, seconds, prefix=self.name, postfix=self.text, rate=rate, ncols=0
+        )
+        print(line, file=sys.stderr, flush=True)
 
+    def write(self, line: str) -> None:
+        """Print a line that stays, without harm to the bar."""
+        if self.on_terminal:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
 
-def reseed(seed: int, phase: str, k: int = 0) -> None:
-    """A seed for each phase (a name and a number), so that phases do not disturb one another."""
-    digest = hashlib.sha256(f"{seed} {phase} {k}".encode()).digest()
-    torch.manual_seed(int.from_bytes(digest[:4], "little"))
+    def close(self) -> None:
+        """Take the bar away."""
+        self.bar.close()
 
 
 class Run:
-    """A run and its folder: progress, TensorBoard, evaluations, checkpoints, result.json."""
+    """A run and its folder.
+
+        file                  written                      holds
+        args.json             at the start                 the settings
+        *.py                  at the start                 the script, and those it derives from
+        events.out.tfevents*  every --log-every            TensorBoard's curves
+        model.pt              after the first fit          the model, for --dynamics-from
+        policy.pt             every --checkpoint-every     the networks that act, for --evaluate
+        curves.png            every --checkpoint-every     the scores against the iterations
+        checkpoint.pt         every --checkpoint-every     all that --resume needs
+        result.json           at the end                   scores, settings, times, versions
+        episode.gif           at the end                   an episode, with --capture-video
+
+    `method` is a module with `act`, `device`, `obs_dim`, `action_dim` and `acting`, the names of
+    the networks that `act` uses. It may have `final_numbers`, of which result.json holds what it
+    returns. `source` says which data it learns from: see load_dataset.
+    """
 
     def __init__(self, args: Args, method: nn.Module, source: dict):
-        self.args, self.method, self.source = args, method, source
-        self.iteration, self.logs, self.started = 0, {}, time.monotonic()
-        self.curves = []  # per evaluation: iteration, score of each learner
-        self.algo = Path(sys.modules[type(method).__module__].__file__).stem
+        self.args = args
+        self.method = method
+        self.source = source
+        self.iteration = 0  # how many are done
+        self.curve = []  # [iteration, score] of each evaluation
+        self.started = time.monotonic()  # less the seconds before --resume
+        files = source_files(type(method))
+        self.algo = name_of(type(method))
+
         name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        self.folder = Path(args.resume or Path(args.run_dir) / name.replace("/", "-"))
         if args.resume:
+            self.folder = Path(args.resume)
             self.load_checkpoint()
-        elif self.folder.exists():
-            sys.exit(f"{self.folder} is there already: start again in a second")
+        else:
+            self.folder = Path(args.run_dir).expanduser() / name.replace("/", "-")
+            if self.folder.exists():
+                sys.exit(f"{self.folder} is there already: start again in a second")
+        self.first_iteration = self.iteration
         save(vars(args) | {"resume": None}, self.folder / "args.json")
-        for kind in type(method).mro()[:-2]:  # its own file, and those of its base classes
-            file = Path(sys.modules[kind.__module__].__file__)
+        for file in files:
             (self.folder / file.name).write_bytes(file.read_bytes())
+
         if args.track:
             wandb = importlib.import_module("wandb")
-            where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=name)
-            wandb.init(**where, config=vars(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(str(self.folder), purge_step=args.resume and self.iteration + 1)
-        self.saved, self.saved_at = self.iteration, time.monotonic()  # the last checkpoint
-        self.bar = tqdm(total=args.total_iterations, initial=self.iteration)
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=name,
+                config=vars(args),
+                sync_tensorboard=True,
+            )
+        # What TensorBoard has of iterations after the checkpoint is hidden: they are done again.
+        purge_step = self.iteration + 1 if args.resume else None
+        self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+        self.bar = Bar(self.algo, args.total_iterations, self.iteration)
+        self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
+        self.phase_points = 0  # how often that phase has reported
+        check_optimizers(method)
+        note_changes(args)
+        self.bar.write(f"this run writes to {self.folder}")
 
-    def log(self, phase: str, logs: dict[str, Tensor]) -> None:
-        """Tensors [L] to TensorBoard, at the present iteration."""
-        self.bar.set_postfix_str(phase)
-        for key, values in logs.items():
-            for seed, value in enumerate(values.tolist(), self.args.seed):
-                if not math.isfinite(value):
-                    sys.exit(f"{phase}: {key} is {value}; {self.folder} keeps its last checkpoint")
-                self.writer.add_scalar(f"{key}/seed_{seed}", value, self.iteration)
+    def log(self, phase: str, logs: dict[str, Tensor | float], point: int = 0) -> None:
+        """Write scalars to TensorBoard at the present iteration, plus `point` for a phase's points.
 
-    def iterations(self) -> Iterator[int]:
-        """The numbers of the iterations to be done; logs, evaluates and saves after each."""
-        args = self.args
-        while self.iteration < args.total_iterations:
-            yield self.iteration
-            self.iteration += 1
-            self.bar.update()
-            last = self.iteration == args.total_iterations
-            waited = self.method.device.type == "cpu" or time.monotonic() - self.saved_at >= 60
-            save_now = last or (self.iteration - self.saved >= args.checkpoint_every and waited)
-            if self.iteration % args.log_every == 0 or save_now:
-                self.log("training", self.logs)  # stops at NaN, before a checkpoint could hold it
-            if self.iteration % args.eval_every == 0 or last:
-                scores = evaluate(self.method, args, args.eval_episodes, self.iteration).mean(1)
-                self.curves.append([self.iteration, *scores.tolist()])
-                self.log("evaluation", {"eval/normalized_score": torch.tensor(scores)})
-                self.bar.write(f"iteration {self.iteration}: score {scores.round(1)}")
-            if save_now:
-                self.save_checkpoint()
+        Stop the run at NaN or infinity. Reading the scalars waits for the GPU, which is why a run
+        logs every --log-every iterations only.
+        """
+        for key, value in logs.items():
+            if not math.isfinite(value):
+                sys.exit(f"{phase}: {key} is {value}; {self.folder} keeps its last checkpoint")
+            self.writer.add_scalar(key, value, self.iteration + point)
+
+    def progress(self, phase: str, done: int, total: int | None, logs: dict) -> None:
+        """Log and show a long phase between two iterations, such as a fit, on a bar of its own."""
+        if self.phase_bar is None or self.phase_bar.name != phase:
+            self.end_phase()
+            self.phase_bar = Bar(phase, total)
+        self.phase_points += 1
+        self.log(phase, logs, self.phase_points)
+        numbers = [f"{key.rsplit('/')[-1]} {float(value):.4g}" for key, value in logs.items()]
+        self.phase_bar.move_to(done, ", ".join(numbers))
+
+    def end_phase(self) -> None:
+        """Take away the bar of a long phase, after a last line of it off a terminal."""
+        if self.phase_bar is not None:
+            if not self.phase_bar.on_terminal:
+                self.phase_bar.print_line()
+            self.phase_bar.close()
+        self.phase_bar = None
+        self.phase_points = 0
+
+    def advance(self) -> None:
+        """Count an iteration that is done."""
+        self.end_phase()
+        self.iteration += 1
+        if self.iteration == self.first_iteration + 1:
+            check_gradients(self.method)
+        last_score = f"score {self.curve[-1][1]:.1f}" if self.curve else ""
+        self.bar.move_to(self.iteration, last_score)
+
+    def add_to_curve(self) -> None:
+        """Add the mean score of the present policy to the curve, print it and log it."""
+        scores = evaluate(self.method, self.args, self.args.eval_episodes, self.iteration)
+        score = float(scores.mean())  # NumPy's own float could not be loaded with weights_only
+        self.curve.append([self.iteration, score])
+        self.log("evaluation", {"eval/normalized_score": score})
+        self.bar.write(f"iteration {self.iteration}: score {score:.1f}")
 
     def save_checkpoint(self) -> None:
-        """checkpoint.pt to go on from, policy.pt to use, curves.png to look at."""
-        method, state = self.method, self.method.state_dict()
-        random = torch.cuda if method.device.type == "cuda" else torch
-        optimizers = {name: optimizer.state_dict() for name, optimizer in method.optimizers.items()}
-        content = self.source | dict(algo=self.algo, iteration=self.iteration, curves=self.curves)
-        content |= dict(method=state, optimizers=optimizers, device=method.device.type)
-        content |= dict(seconds=time.monotonic() - self.started, rng=random.get_rng_state())
-        policy = {k: v for k, v in state.items() if k.startswith(("actor.", "critic."))}
-        save(dict(policy=policy, sizes=method.sizes), self.folder / "policy.pt")
-        if self.curves:
+        """Save policy.pt, curves.png and checkpoint.pt.
+
+        The checkpoint comes last: a run that is cut in between goes on from the checkpoint before
+        it, and writes all three again.
+        """
+        method = self.method
+        kind = type(method).__name__
+        policy = {
+            "policy": {name: getattr(method, name).state_dict() for name in method.acting},
+            "sizes": (method.obs_dim, method.action_dim),
+            "kind": kind,
+        }
+        checkpoint = {
+            **self.source,
+            "algo": self.algo,
+            "kind": kind,
+            "iteration": self.iteration,
+            "curve": self.curve,
+            "method": method.state_dict(),
+            "optimizers": {name: opt.state_dict() for name, opt in optimizers_of(method)},
+            "device": method.device.type,
+            "rng": random_generator(method.device).get_rng_state(),
+            "seconds": time.monotonic() - self.started,
+        }
+        save(policy, self.folder / "policy.pt")
+        if self.curve:
             self.plot_curves()
-        save(content, self.folder / "checkpoint.pt")  # last: a cut before it is made good
-        self.saved, self.saved_at = self.iteration, time.monotonic()
+        save(checkpoint, self.folder / "checkpoint.pt")
 
     def load_checkpoint(self) -> None:
-        """Put weights, buffer, optimizers, random state and progress back."""
-        method, kind = self.method, self.method.device.type
+        """Put networks, buffer, optimizers, random numbers and progress back to the checkpoint's.
+
+        On a CPU the run then goes on bit for bit as if it had not been interrupted. It must be a
+        run of the same method on the same data.
+        """
+        method = self.method
+        device = method.device.type
         with loading(self.folder / "checkpoint.pt", method.device) as saved:
-            if (saved["algo"], saved["sha256"]) != (self.algo, self.source["sha256"]):
-                raise ValueError(f"a run of {saved['algo']}.py on {saved['dataset']} as it was")
+            same_method = saved["kind"] == type(method).__name__
+            if not same_method or saved["sha256"] != self.source["sha256"]:
+                raise ValueError(f"a run of {saved['kind']} on {saved['dataset']} as it was")
             if saved["iteration"] > self.args.total_iterations:
                 raise ValueError(f"it is at {saved['iteration']}: raise --total-iterations")
             method.load_state_dict(saved["method"])
-            for name, optimizer in saved["optimizers"].items():
-                load_optimizer(method.optimizers[name], optimizer)
-            self.iteration, self.curves = saved["iteration"], saved["curves"]
+            for name, optimizer in optimizers_of(method):
+                load_optimizer(optimizer, saved["optimizers"][name])
+            self.iteration = saved["iteration"]
+            self.curve = saved["curve"]
             self.started -= saved["seconds"]
-        if saved["device"] == kind:
-            (torch.cuda if kind == "cuda" else torch).set_rng_state(saved["rng"].cpu())
-        else:
-            print(f"note: resumed on {kind}, which draws otherwise than {saved['device']} did")
+            if saved["device"] == device:
+                random_generator(method.device).set_rng_state(saved["rng"].cpu())
+            else:
+                other = saved["device"]
+                print(f"note: resumed on {device}, which draws otherwise than {other} did")
 
     def plot_curves(self) -> None:
-        """curves.png: the score of every learner against the iterations."""
+        """Draw curves.png: the scores of the evaluations against the iterations."""
+        iterations, scores = zip(*self.curve)
         axes = Figure(layout="constrained").subplots()
-        axes.plot(*np.split(np.array(self.curves), [1], 1))  # iteration, one score per learner
-        axes.legend([f"seed {self.args.seed + i}" for i in range(self.args.num_seeds)])
+        axes.plot(iterations, scores)
         axes.set(xlabel="iteration", ylabel="score", title=f"{self.algo} on {self.args.env_id}")
         axes.figure.savefig(self.folder / "curves.png")
 
     def finish(self) -> dict:
-        """The final evaluation and result.json, which is returned."""
+        """Evaluate the last policy on more episodes, and save and return what result.json holds."""
         self.writer.close()
         self.bar.close()
-        args, seconds = self.args, time.monotonic() - self.started
+        args = self.args
+        seconds = time.monotonic() - self.started  # of training, with its evaluations
+        final_numbers = {}
+        if hasattr(self.method, "final_numbers"):
+            final_numbers = self.method.final_numbers()
         final = evaluate(self.method, args, args.final_episodes, 0)
-        result = dict(algo=self.algo, env_id=args.env_id, **self.source, curves=self.curves)
-        result |= dict(seeds=[args.seed + i for i in range(args.num_seeds)], args=vars(args))
-        result |= dict(mean_last_ten=np.mean(self.curves[-10:], 0)[1:].tolist(), seconds=seconds)
-        result |= dict(last=self.curves[-1][1:], final_mean=final.mean(1).tolist())
-        result |= dict(final_scores=final.tolist(), total_iterations=self.iteration)
-        result |= dict(steps_per_second=self.iteration / seconds, device=str(self.method.device))
-        result["versions"] = {m.__name__: m.__version__ for m in (torch, np, gymnasium, mujoco)}
-        result["git"] = subprocess.getoutput(f"git -C '{Path(__file__).parent}' rev-parse HEAD")
+        scores = [score for _, score in self.curve]
+        mean_last_ten = np.mean(scores[-10:])
+        packages = (torch, np, gymnasium, mujoco)
+        result = {
+            "algo": self.algo,
+            "env_id": args.env_id,
+            **self.source,
+            "curve": self.curve,
+            "seed": args.seed,
+            "args": vars(args),
+            "seconds": seconds,
+            "last": scores[-1],
+            "mean_last_ten": mean_last_ten,
+            "final_mean": final.mean(),
+            "final_scores": final.tolist(),
+            **final_numbers,
+            "total_iterations": self.iteration,
+            "folder": str(self.folder),
+            "steps_per_second": self.iteration / seconds,
+            "device": str(self.method.device),
+            "versions": {package.__name__: package.__version__ for package in packages},
+            "git": git_commit(),
+        }
         save(result, self.folder / "result.json")
         report(self.method, args, final, self.folder)
-        print(f"mean of the last ten: {np.round(result['mean_last_ten'], 1)}; see {self.folder}")
+        print(f"mean of the last ten: {mean_last_ten:.1f}; see {self.folder}")
         return result
 
 
+def name_of(method: type) -> str:
+    """The name of a method in its run's folder: its file's, or in a notebook its class's."""
+    file = getattr(sys.modules[method.__module__], "__file__", None)
+    return method.__name__ if file is None else Path(file).stem
+
+
+def source_files(method: type) -> list[Path]:
+    """The files of a method's class and of its base classes, then the script that was started.
+
+    Each comes once. What a notebook defines has no file.
+    """
+    own_classes = [kind for kind in method.mro() if kind not in (nn.Module, object)]
+    modules = [kind.__module__ for kind in own_classes] + ["__main__"]
+    files = []
+    for module in modules:
+        name = getattr(sys.modules[module], "__file__", None)
+        if name is not None and Path(name).is_file() and Path(name) not in files:
+            files.append(Path(name))
+    return files
+
+
+def git_commit() -> str | None:
+    """The commit of this script's repository, or None without git or a repository."""
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
+
+
+def random_generator(device: torch.device):
+    """Where the random numbers of a device come from: get_rng_state() and set_rng_state()."""
+    return torch.cuda if device.type == "cuda" else torch
+
+
+def optimizers_of(method: nn.Module) -> list[tuple[str, torch.optim.Optimizer]]:
+    """Name and optimizer of all the attributes of a method that are optimizers."""
+    optimizers = []
+    for name, value in vars(method).items():
+        if isinstance(value, torch.optim.Optimizer):
+            optimizers.append((name, value))
+    return optimizers
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """All parameters that an optimizer moves."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def check_optimizers(method: nn.Module) -> None:
+    """Stop if a parameter that takes a gradient has no optimizer, and so would never move."""
+    moved = set()
+    for _, optimizer in optimizers_of(method):
+        moved.update(parameters_of(optimizer))
+    for name, parameter in method.named_parameters():
+        if parameter.requires_grad and parameter not in moved:
+            sys.exit(f"no optimizer moves {name}: add it to one, or let it require no gradient")
+
+
+def check_gradients(method: nn.Module) -> None:
+    """Stop if an optimizer has moved some of its parameters and no loss reaches the others."""
+    names = {parameter: name for name, parameter in method.named_parameters()}
+    for optimizer_name, optimizer in optimizers_of(method):
+        parameters = parameters_of(optimizer)
+        idle = []
+        for parameter in parameters:
+            if parameter.grad is None or not parameter.grad.any():
+                idle.append(parameter)
+        if idle and len(idle) < len(parameters):
+            name = names.get(idle[0], "a parameter outside the method")
+            sys.exit(f"no loss reaches {name}, which {optimizer_name} should move")
+
+
+# ----- files -----
 def save(content: dict, path: Path) -> None:
-    """Tensors and plain values, or JSON, to a file that is the old or the new one, never half."""
+    """Write tensors and plain values, or JSON. Whatever happens, the file is the old or the new."""
+    part = f"{path}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.part", "wb") as file:
+        with open(part, "wb") as file:
             if path.suffix == ".json":
                 file.write(json.dumps(content, indent=1).encode())
             else:
                 torch.save(content, file)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(f"{path}.part", path)
+            os.fsync(file.fileno())  # else the new name might be on the disk before the content
+        os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         sys.exit(f"cannot write {path} ({error}); what was there is unharmed")
 
 
 @contextlib.contextmanager
 def loading(path: Path, device: torch.device | str = "cpu"):
-    """The content of a saved file; what goes wrong with it ends in one sentence."""
+    """`with loading(path) as content:` where any error, also in the block, ends in one sentence."""
     try:
         if path.suffix == ".json":
             yield json.loads(path.read_text())
@@ -1408,41 +2371,54 @@ def loading(path: Path, device: torch.device | str = "cpu"):
             yield torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         sys.exit(f"there is no {path}: did that run get so far?")
-    except Exception as error:  # torch, pickle, zipfile and our look-ups each have their own
-        sys.exit(f"{path} is damaged or of another setting ({' '.join(str(error).split())[:200]})")
+    except Exception as error:  # torch, pickle, zipfile and our look-ups raise errors of their own
+        reason = " ".join(str(error).split())[:200]
+        sys.exit(f"{path} is damaged or of another setting ({reason})")
 
 
 def load_args(run: str, settings: type = Args) -> Args:
     """The settings that a run was started with."""
     with loading(Path(run) / "args.json") as saved:
-        return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()})
+        for name, value in saved.items():
+            if isinstance(value, list):  # JSON has no tuples
+                saved[name] = tuple(value)
+        return settings(**saved)
 
 
 def load_optimizer(optimizer: torch.optim.Adam, saved: dict) -> None:
-    """Its moments and counts; learning rate and the like stay as they are here."""
-    optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
+    """Load moments and counts. Learning rates and the like stay as the settings have them."""
+    own_groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict(saved | {"param_groups": own_groups})
 
 
 def save_model(method: nn.Module, error: Tensor, run: Path) -> None:
-    """The first model and its hold-out errors [L, M], for --dynamics-from."""
-    optimizer = method.optimizers["model"].state_dict()
-    save(dict(model=method.model.state_dict(), optimizer=optimizer, error=error), run / "model.pt")
+    """Save the first model and the hold-out errors [M] of its members, for --dynamics-from."""
+    content = {
+        "model": method.model.state_dict(),
+        "optimizer": method.model_optimizer.state_dict(),
+        "error": error,
+    }
+    save(content, run / "model.pt")
 
 
 def load_model(method: nn.Module, run: Path) -> None:
-    """What save_model saved."""
+    """Take the model that save_model saved, and choose its elites by the saved errors."""
     with loading(run / "model.pt", method.device) as saved:
         method.model.load_state_dict(saved["model"])
-        load_optimizer(method.optimizers["model"], saved["optimizer"])
+        load_optimizer(method.model_optimizer, saved["optimizer"])
         method.choose_elites(saved["error"])
 
 
-def load_policy(run: str, settings: type, method: type) -> nn.Module:
-    """What acts as a run's policy did: its `act`, on the CPU. Raises SystemExit."""
+def load_policy(run: str, settings: type = Args, method: type = COMBO) -> nn.Module:
+    """A method that acts as the policy of a saved run did, on the CPU. Raises SystemExit."""
     args = load_args(run, settings)
     with loading(Path(run) / "policy.pt") as saved:
-        policy = method(args, *saved["sizes"], torch.device("cpu"))
-        policy.load_state_dict(saved["policy"], strict=False)
+        obs_dim, action_dim = saved["sizes"]
+        policy = method(args, obs_dim, action_dim, torch.device("cpu"))
+        if saved["kind"] != method.__name__:
+            raise ValueError(f"the policy of {saved['kind']}, not of {method.__name__}")
+        for name in policy.acting:
+            getattr(policy, name).load_state_dict(saved["policy"][name])
     return policy
 
 

@@ -2010,7 +2010,9 @@ class Run:
         self.bar.close()
         args = self.args
         seconds = time.monotonic() - self.started  # of training, with its evaluations
-        final_numbers = getattr(self.method, "final_numbers", dict)()  # dict() where it has none
+        final_numbers = {}
+        if hasattr(self.method, "final_numbers"):
+            final_numbers = self.method.final_numbers()
         final = evaluate(self.method, args, args.final_episodes, 0)
         scores = [score for _, score in self.curve]
         mean_last_ten = np.mean(scores[-10:])
