@@ -1,114 +1,203 @@
 """The steps that are recorded as CUDA graphs, ready to be called: for tests and measurements.
 
-`build` makes a method (AMPL, MOPO, COMBO) on random data of a task's shape; STEPS tells how to get
+`build` makes a method (AMPL, MOPO, COMBO) on random data of a task's shape. STEPS says how to get
 each of its steps as a function without arguments.
 """
 
+import functools
 import importlib
-import inspect
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ampl
 
-WALKER2D = 17, 6  # entries of an observation and of an action
-TINY = dict(
-    num_seeds=2, hidden=(8, 8), noise_dim=2, batch_size=16, buffer_size=50, rollout_rows=24,
-    ensemble_size=5, num_elites=3, model_hidden=8, model_batch_size=4, miw_batch_size=8,
-    miw_initial_batch_size=8, actor_lr=1e-2, critic_lr=1e-2, miw_lr=1e-2, rollout_starts=8,
-)  # fmt: skip
+WALKER2D = (17, 6)  # numbers in an observation and in an action
+# Settings that make every method small. `build` leaves out those that a method does not have.
+TINY = {
+    "hidden": (8, 8),
+    "noise_dim": 2,
+    "batch_size": 16,
+    "real_fraction": 0.25,
+    "buffer_size": 50,
+    "rollout_rows": 24,
+    "rollout_starts": 8,
+    "ensemble_size": 5,
+    "num_elites": 3,
+    "model_hidden": 8,
+    "model_batch_size": 4,
+    "omega_batch_size": 8,
+    "omega_initial_batch_size": 8,
+    "actor_lr": 1e-2,
+    "critic_lr": 1e-2,
+    "omega_lr": 1e-2,
+}
 
 
+# ----- a method with data -----
 def dataset(rows: int, obs_dim: int, action_dim: int) -> dict[str, Tensor]:
-    """Random rows in episodes of ten, as load_dataset gives them."""
-    g = torch.Generator().manual_seed(0)
-    obs, next_obs = torch.randn(2, rows, obs_dim, generator=g)
-    action, row = 2 * torch.rand(rows, action_dim, generator=g) - 1, torch.arange(rows)
+    """Random rows in episodes of ten, as load_dataset gives them; the last of each is terminal."""
+    generator = torch.Generator().manual_seed(0)
+    obs = torch.randn(rows, obs_dim, generator=generator)
+    next_obs = torch.randn(rows, obs_dim, generator=generator)
+    row = torch.arange(rows)
     ended = row % 10 == 9
-    columns = dict(obs=obs, action=action, reward=obs.sum(-1), next_obs=next_obs, terminated=ended)
-    next_row = torch.where(ended, -1, row + 1)
-    return columns | dict(has_next=~ended, next_row=next_row, starts=obs[::10])
+    return {
+        "obs": obs,
+        "action": 2 * torch.rand(rows, action_dim, generator=generator) - 1,
+        "reward": obs.sum(-1),
+        "next_obs": next_obs,
+        "terminated": ended,
+        "has_next": ~ended,
+        "next_row": torch.where(ended, -1, row + 1),
+        "starts": obs[::10],
+    }
 
 
-def build(script: str, method: str, device="cpu", rows=60, sizes=WALKER2D, **settings):
-    """A method with data and a filled buffer; it takes those of the settings that it has."""
+def build(script: str, method: str, device="cpu", rows=60, sizes=WALKER2D, **settings) -> nn.Module:
+    """A method with data and a filled D_model; it takes those of the settings that it has.
+
+    `script` is the name of a module that Python can import, `method` that of a class in it.
+    """
     module = importlib.import_module(script)
-    Args = getattr(module, "Args", ampl.Args)
-    settings = dict(env_id="walker2d-medium-v2", initial_states="dataset") | settings
-    args = Args(**{name: value for name, value in settings.items() if hasattr(Args, name)})
+    Args = getattr(module, "Args", ampl.Args)  # an ablation may have no settings of its own
+    wanted = {"env_id": "walker2d-medium-v2", "initial_states": "dataset"} | settings
+    args = Args(**{name: value for name, value in wanted.items() if hasattr(Args, name)})
     built = getattr(module, method)(args, *sizes, torch.device(device))
     built.set_data(dataset(rows, *sizes))
     built.rollout()
     return built
 
 
-def model_step(method) -> Callable[[], dict]:
-    """A step of AMPL's model on the rows whose next state is known."""
-    inputs, targets = method.model_pairs()
-    rows = torch.arange(len(inputs), device=method.device).expand(method.learners, -1).contiguous()
-    weight = torch.rand(rows.shape, device=method.device)
-    return lambda: method.model_step(inputs, targets, weight, rows)
+def script_of(method: nn.Module):
+    """The module with the functions that a method calls, such as `capture`: its base class's."""
+    classes = type(method).mro()  # for example VPM, AMPL, nn.Module, object
+    base = classes[classes.index(nn.Module) - 1]
+    return sys.modules[base.__module__]
 
 
-def sac_model_step(method) -> Callable[[], dict]:
-    """The same of MOPO's and COMBO's."""
-    inputs, targets = method.model_pairs()
-    order = torch.arange(len(inputs), device=method.device).repeat(*method.model.lead, 1)
-    place = torch.zeros((), dtype=torch.long, device=method.device)
-    return lambda: method.model_step(inputs, targets, order, place)
+# ----- its steps -----
+class Captured(Exception):
+    """Ends a phase as soon as it has a step to record, which is `args[0]`."""
 
 
-def miw_step(method) -> Callable[[], dict]:
-    """A step of omega, with noise for the table of Q_1."""
-    q_data = torch.randn(method.weight.shape, device=method.device)
-    own = "q_data" not in inspect.signature(method.miw_step).parameters  # an ablation's
-    return method.miw_step if own else lambda: method.miw_step(q_data)
+def stop_with(step: Callable[[], dict], args) -> None:
+    """Stands in for `capture`."""
+    raise Captured(step)
 
 
-def validation(method) -> Callable[[], Tensor]:
-    """A look at AMPL's hold-out rows."""
-    inputs, targets = method.model_pairs()
-    rows = torch.arange(min(method.args.holdout_size, len(inputs)), device=method.device)
-    rows = rows.expand(method.learners, -1).contiguous()
-    weight = torch.ones(method.learners, len(inputs), device=method.device)
-    return lambda: method.validate(inputs, targets, weight, rows)
+def captured_step(method: nn.Module, phase: Callable, *arguments) -> Callable[[], dict] | None:
+    """The step that a long phase, such as a fit, gives to `capture`; None if it gives none."""
+    with mock.patch.object(script_of(method), "capture", stop_with):
+        try:
+            phase(*arguments)
+        except Captured as captured:
+            return captured.args[0]
+    return None
 
 
-# Name: script, class, how to get the step, how many kernels it may launch (see test_graphs.py).
+def ignore_progress(phase: str, done: int, total: int | None, scalars: dict) -> None:
+    """What a long phase reports to, here."""
+
+
+def warmup_with_policy(method: nn.Module) -> Callable[[], dict]:
+    """An iteration of AMPL's warm-up in which the policy steps."""
+    return functools.partial(method.iterate, True, True)
+
+
+def warmup_without_policy(method: nn.Module) -> Callable[[], dict]:
+    """An iteration of AMPL's warm-up in which the policy stands still."""
+    return functools.partial(method.iterate, True, False)
+
+
+def main_with_policy(method: nn.Module) -> Callable[[], dict]:
+    """An iteration of AMPL after the warm-up in which the policy steps."""
+    return functools.partial(method.iterate, False, True)
+
+
+def main_without_policy(method: nn.Module) -> Callable[[], dict]:
+    """An iteration of AMPL after the warm-up in which the policy stands still."""
+    return functools.partial(method.iterate, False, False)
+
+
+def iteration(method: nn.Module) -> Callable[[], dict]:
+    """An iteration of MOPO or COMBO."""
+    return method.iterate
+
+
+def rollout(method: nn.Module) -> Callable[[], dict]:
+    """A rollout phase of any method."""
+    return method.rollout
+
+
+def refit_step(method: nn.Module) -> Callable[[], dict]:
+    """A step of AMPL's model in a refit, with random weights of the rows."""
+    omega = torch.rand(len(method.data), device=method.device)
+    return captured_step(method, method.fit_model, 1, omega, ignore_progress)
+
+
+def fit_step(method: nn.Module) -> Callable[[], dict]:
+    """A step of MOPO's or COMBO's model."""
+    return captured_step(method, method.fit_model, ignore_progress)
+
+
+def omega_step(method: nn.Module) -> Callable[[], dict] | None:
+    """A step of AMPL's omega; some ablations have none."""
+    return captured_step(method, method.fit_omega, 1, ignore_progress)
+
+
+class Step(NamedTuple):
+    """A step: where it is, how to get it, and how many kernels it may launch on a GPU."""
+
+    script: str
+    method: str
+    of: Callable[[nn.Module], Callable[[], dict] | None]
+    most_kernels: int
+
+
 STEPS = {
-    "ampl warm-up, policy moves": ("ampl", "AMPL", lambda m: lambda: m.iterate(True, True), 275),
-    "ampl warm-up, policy stands": ("ampl", "AMPL", lambda m: lambda: m.iterate(True, False), 235),
-    "ampl policy moves": ("ampl", "AMPL", lambda m: lambda: m.iterate(False, True), 290),
-    "ampl policy stands": ("ampl", "AMPL", lambda m: lambda: m.iterate(False, False), 240),
-    "ampl rollout": ("ampl", "AMPL", lambda m: m.rollout, 235),
-    "ampl model step": ("ampl", "AMPL", model_step, 100),
-    "ampl omega step": ("ampl", "AMPL", miw_step, 170),
-    "mopo": ("mopo", "MOPO", lambda m: m.iterate, 140),
-    "mopo rollout": ("mopo", "MOPO", lambda m: m.rollout, 615),
-    "mopo model step": ("mopo", "MOPO", sac_model_step, 100),
-    "combo": ("combo", "COMBO", lambda m: m.iterate, 335),
-    "combo rollout": ("combo", "COMBO", lambda m: m.rollout, 485),
-    "combo model step": ("combo", "COMBO", sac_model_step, 100),
+    "ampl warm-up, policy steps": Step("ampl", "AMPL", warmup_with_policy, 350),
+    "ampl warm-up, policy stands": Step("ampl", "AMPL", warmup_without_policy, 310),
+    "ampl, policy steps": Step("ampl", "AMPL", main_with_policy, 390),
+    "ampl, policy stands": Step("ampl", "AMPL", main_without_policy, 320),
+    "ampl rollout": Step("ampl", "AMPL", rollout, 235),
+    "ampl model step": Step("ampl", "AMPL", refit_step, 100),
+    "ampl omega step": Step("ampl", "AMPL", omega_step, 205),
+    "mopo": Step("mopo", "MOPO", iteration, 200),
+    "mopo rollout": Step("mopo", "MOPO", rollout, 615),
+    "mopo model step": Step("mopo", "MOPO", fit_step, 100),
+    "combo": Step("combo", "COMBO", iteration, 446),
+    "combo rollout": Step("combo", "COMBO", rollout, 646),
+    "combo model step": Step("combo", "COMBO", fit_step, 100),
 }
 
 
-def state(method) -> list[Tensor]:
-    """Everything that training changes: weights, buffer, moments of the optimizers."""
-    moments = [optimizer.state_dict()["state"] for optimizer in method.optimizers.values()]
-    leaves = torch.utils._pytree.tree_leaves(moments)
-    return [*method.state_dict().values(), *(x for x in leaves if isinstance(x, Tensor))]
+# ----- what a step changes -----
+def state(method: nn.Module) -> list[Tensor]:
+    """Everything that training changes: weights, D_model, moments of the optimizers."""
+    tensors = list(method.state_dict().values())
+    for value in vars(method).values():
+        if isinstance(value, torch.optim.Optimizer):
+            for moments in value.state_dict()["state"].values():
+                tensors.extend(moments.values())
+    return tensors
 
 
-def difference(one: list[Tensor], two: list[Tensor]) -> float:
+def difference(one: list[Tensor], other: list[Tensor]) -> float:
     """The largest difference of two states, relative to the size of each tensor; NaN is infinite"""
-    found = []
-    for a, b in zip(one, two, strict=True):
-        gap, size = (a.double() - b.double()).abs().max(), a.double().abs().max().clamp(min=1e-3)
-        found.append((gap / size).item())
-    return max(found) if all(map(math.isfinite, found)) else math.inf
+    largest = 0.0
+    for a, b in zip(one, other, strict=True):
+        gap = (a.double() - b.double()).abs().max()
+        size = a.double().abs().max().clamp(min=1e-3)
+        relative = (gap / size).item()
+        if not math.isfinite(relative):
+            return math.inf
+        largest = max(largest, relative)
+    return largest
