@@ -95,12 +95,17 @@ def stop_with(step: Callable[[], dict], args) -> None:
 
 def captured_step(method: nn.Module, phase: Callable, *arguments) -> Callable[[], dict] | None:
     """The step that a long phase, such as a fit, gives to `capture`; None if it gives none."""
+    trained = [parameter for parameter in method.parameters() if parameter.requires_grad]
+    step = None
     with mock.patch.object(script_of(method), "capture", stop_with):
         try:
             phase(*arguments)
         except Captured as captured:
-            return captured.args[0]
-    return None
+            step = captured.args[0]
+    # A phase may freeze networks up to its end, which it has not reached.
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    return step
 
 
 def ignore_progress(phase: str, done: int, total: int | None, scalars: dict) -> None:
@@ -173,8 +178,8 @@ STEPS = {
     "mopo": Step("mopo", "MOPO", iteration, 200),
     "mopo rollout": Step("mopo", "MOPO", rollout, 615),
     "mopo model step": Step("mopo", "MOPO", fit_step, 100),
-    "combo": Step("combo", "COMBO", iteration, 446),
-    "combo rollout": Step("combo", "COMBO", rollout, 646),
+    "combo": Step("combo", "COMBO", iteration, 380),
+    "combo rollout": Step("combo", "COMBO", rollout, 485),
     "combo model step": Step("combo", "COMBO", fit_step, 100),
 }
 
