@@ -973,8 +973,12 @@ def assert_constant_members(model: ampl.ModelEnsemble, values: list[float]) -> N
 def test_a_fit_ends_at_its_last_epoch():
     """--model-max-epochs, also where every epoch is better than the one before."""
     method = build_ampl(model_epoch_steps=1, model_max_epochs=4)
-    errors = iter([5.0, 4.0, 3.0, 2.0, 1.0])
-    method.holdout_error = lambda *_: torch.full((5,), next(errors))
+    errors = [5.0, 4.0, 3.0, 2.0, 1.0]
+
+    def holdout_error(inputs, targets, omega, rows):
+        return torch.full((5,), errors.pop(0))
+
+    method.holdout_error = holdout_error
     error = method.fit_model(0, torch.ones(40), ignore_progress)
     assert error.tolist() == 5 * [2.0]
 
@@ -1146,7 +1150,11 @@ def test_the_bound_lowers_the_mean_of_omega():
     method = build_ampl(omega_mean_bound=0.5, omega_lr=3e-3)
     method.initial_obs = torch.randn(12, 3)
     method.data[:, -1] = 0.0  # nothing ends
-    method.omega_critic_target.q1_only = lambda obs, action: torch.ones(len(obs))
+
+    def q1_only(obs: Tensor, action: Tensor) -> Tensor:
+        return torch.ones(len(obs))
+
+    method.omega_critic_target.q1_only = q1_only
     logs = [method.omega_step(torch.ones(40)) for _ in range(300)]
     assert logs[0]["omega/batch_mean"] > 0.9
     assert logs[-1]["omega/batch_mean"] < 0.55
