@@ -2010,11 +2010,11 @@ class Bar:
     def __init__(self, name: str, total: int | None, done: int = 0):
         self.name = name
         self.total = total
-        self.first = done  # of which no time is known
         self.done = done
         self.text = ""  # what stands behind the bar
         self.started = time.monotonic()
-        self.printed = self.started
+        self.printed = self.started  # when the last line was printed
+        self.printed_done = done  # and how much was done then
         self.on_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             desc=name,
@@ -2038,13 +2038,23 @@ class Bar:
 
     def print_line(self) -> None:
         """Print the bar's present state as a line."""
-        self.printed = time.monotonic()
-        seconds = self.printed - self.started
-        rate = (self.done - self.first) / seconds
+        now = time.monotonic()
         line = tqdm.format_meter(
-            self.done, self.total, seconds, prefix=self.name, postfix=self.text, rate=rate, ncols=0
+            self.done,
+            self.total,
+            now - self.started,
+            prefix=self.name,
+            postfix=self.text,
+            rate=(self.done - self.printed_done) / max(now - self.printed, 1e-9),
+            ncols=0,
         )
         print(line, file=sys.stderr, flush=True)
+        self.restart_rate()
+
+    def restart_rate(self) -> None:
+        """Measure the rate of the next line from now on."""
+        self.printed = time.monotonic()
+        self.printed_done = self.done
 
     def write(self, line: str) -> None:
         """Print a line that stays, without harm to the bar."""
@@ -2146,6 +2156,7 @@ class Run:
             if not self.phase_bar.on_terminal:
                 self.phase_bar.print_line()
             self.phase_bar.close()
+            self.bar.restart_rate()
         self.phase_bar = None
         self.phase_points = 0
 
