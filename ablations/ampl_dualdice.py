@@ -1,89 +1,108 @@
 """AMPL with omega by DualDICE (Nachum, Chow, Dai, Li 2019).
 
-Omega, here tau, plays against a test function nu, in place of one fixed Q; nothing holds the mean
-of tau at one. Paper, Section 4.2 (b).
+In place of one fixed Q a test function nu is learned, which seeks where omega breaks the flow
+equation, Eq. (9). Nothing holds the mean of omega at 1:
 
-    max over tau, min over nu:
-        J = E[(nu(s, a) - gamma nu(s', a')) tau] - E[tau^3 / 3] - (1 - gamma) E[nu(s0, a0)]
+    max over omega, min over nu:
+        J = E[(nu(s, a) - gamma nu(s', a')) omega] - E[omega^3 / 3] - (1 - gamma) E[nu(s0, a0)]
+
+E is a mean over the data, or over initial states s0. The actions a' and a0 are the policy's. Paper,
+Section 4.2 (b).
 
 Run: `python ablations/ampl_dualdice.py --env-id pen-human-v1`
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ampl
+from ampl_vpm import ClippedOmega
 
 
 @dataclass
 class Args(ampl.Args):
-    miw_lr: float = 1e-4  # Adam of omega (authors' code)
-    miw_nu_lr: float = 1e-4  # Adam of nu, the test function (authors' code)
-    miw_grad_value: float = 1.0  # each entry of a gradient is clipped to +- this (authors' code)
+    omega_lr: ampl.Positive = 1e-4  # Adam learning rate of omega (authors' code)
+    test_function_lr: ampl.Positive = (
+        1e-4  # Adam learning rate of the test function nu (authors' code)
+    )
+    omega_grad_value: ampl.Positive = 1.0  # bound of each entry of a gradient (authors' code)
 
-    without = ("miw_alpha", "miw_tau", "miw_mean_bound", "miw_grad_norm")
+    without = ("omega_power", "omega_tau", "omega_mean_bound", "omega_grad_norm")
 
 
-class ClippedWeight(ampl.ImportanceWeight):
-    """omega(s, a), net(s, a) softly clipped to (1e-8, 500), not yet normalised. -> [L, B]"""
+class TestFunction(nn.Module):
+    """nu(s, a)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.net = ampl.mlp(obs_dim + action_dim, args.hidden, 1)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = self.net(torch.cat([obs, action], -1)).squeeze(-1)
-        # Paper: these bounds. Code: by two softplus, in place of the power alpha. Here: code.
-        return F.softplus(500 - F.softplus(500 - x) - 1e-8) + 1e-8
+        """[B, S], [B, A] -> [B]."""
+        return self.net(torch.cat([obs, action], -1)).squeeze(-1)
 
 
 def dualdice_objective(
-    tau: Tensor, nu: Tensor, nu_next: Tensor, nu_initial: Tensor, gamma: float
+    omega: Tensor, test: Tensor, test_next: Tensor, test_initial: Tensor, gamma: float
 ) -> Tensor:
-    """J, [L]: tau makes it large, nu makes it small.
+    """J, which omega makes large and nu makes small.
 
-    tau, nu [L, B] at the stored pairs, nu_next [L, B] at (s', a'), nu_initial [L, B0].
+    omega and test (nu) [B] are at stored pairs, test_next [B] at (s', a'), test_initial
+    [omega_initial_batch_size] at (s0, a0).
     """
-    # Paper: DualDICE, no constants. Code: this, f*(x) = x^3 / 3. Here: code.
-    gain = (nu - gamma * nu_next) * tau - tau**3 / 3
-    return gain.mean(-1) - (1 - gamma) * nu_initial.mean(-1)
+    # Paper: does not say. Code: this J, where x^3 / 3 is DualDICE's convex function.
+    gain = (test - gamma * test_next) * omega - omega**3 / 3
+    return gain.mean() - (1 - gamma) * test_initial.mean()
 
 
 class DualDICE(ampl.AMPL):
-    Weight = ClippedWeight
+    Omega = ClippedOmega
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         super().__init__(args, obs_dim, action_dim, device)
-        self.nu = self.build("nu", ampl.TwinCritic)  # of which the first head is used
-        self.optimizers["nu"] = self.adam(self.nu.parameters(), args.miw_nu_lr)
+        self.test_function = self.build("test function", TestFunction)
+        self.test_optimizer = self.adam(self.test_function.parameters(), args.test_function_lr)
 
-    def fit_weight(self, k: int, log: Callable) -> Tensor:
-        return self.train_weight(self.miw_step, k, log)
+    def omega_step(self, q_data: Tensor) -> ampl.Scalars:
+        """A step of omega and nu, both by the same J. The Q of the data, q_data [N], is not used.
 
-    def miw_step(self) -> ampl.Logs:
-        """One step of tau and nu, each along J as it was before the step."""
-        args, bound = self.args, self.args.miw_grad_value
-        batch = self.sample_data(args.miw_batch_size)
-        start = self.sample_rows(self.initial_obs, args.miw_initial_batch_size)
+        Omega, nu and the moments of Adam go on from one training to the next.
+        """
+        args = self.args
+        batch = self.sample_data(args.omega_batch_size)
+        start = self.random_rows(self.initial_obs, args.omega_initial_batch_size)
         with torch.no_grad():
-            next_action, action = (torch.tanh(self.actor(s)) for s in (batch.next_obs, start))
-        tau, nu = self.omega(batch.obs, batch.action), self.nu.first(batch.obs, batch.action)
-        # Paper: silent. Code: terminals flow on, to the next episode's first state (its loader's
-        # s'). Here: they flow on to the stored s' (to s itself where the file has none).
-        nu_next, nu_initial = (
-            self.nu.first(batch.next_obs, next_action),
-            self.nu.first(start, action),
-        )
-        objective = dualdice_objective(tau, nu, nu_next, nu_initial, args.gamma)
-        for player, sign in (("omega", -1), ("nu", 1)):
-            optimizer = self.optimizers[player]
-            grads = ampl.gradients(sign * objective, optimizer, keep_graph=True)
-            ampl.move(optimizer, [g.clamp(-bound, bound) for g in grads])
-        mean_tau = tau.detach().mean(-1)
-        return {"losses/weight_loss": objective.detach(), "weights/batch_mean": mean_tau}
+            next_action = self.actor(batch.next_obs)
+            start_action = self.actor(start)
+
+        # Paper: does not say. Code: flow goes on from a terminal row to the next episode's first
+        # state, which its loader takes for s'. Here: to the stored s', or where the file has none,
+        # to s.
+        omega = self.omega(batch.obs, batch.action)
+        test = self.test_function(batch.obs, batch.action)
+        test_next = self.test_function(batch.next_obs, next_action)
+        test_initial = self.test_function(start, start_action)
+        objective = dualdice_objective(omega, test, test_next, test_initial, args.gamma)
+
+        # Both gradients are taken before anything steps. Omega goes up, nu down.
+        optimizers = [self.omega_optimizer, self.test_optimizer]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        (-objective).backward(inputs=list(self.omega.parameters()), retain_graph=True)
+        objective.backward(inputs=list(self.test_function.parameters()))
+        for optimizer in optimizers:
+            parameters = ampl.parameters_of(optimizer)
+            nn.utils.clip_grad_value_(parameters, args.omega_grad_value)
+            optimizer.step()
+        return {
+            "losses/omega_loss": objective.detach(),
+            "omega/batch_mean": omega.detach().mean(),
+        }
 
 
 if __name__ == "__main__":

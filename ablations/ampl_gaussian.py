@@ -1,7 +1,11 @@
 """AMPL with a Gaussian policy in place of the implicit one, under the same GAN regularizer.
 
-The raw action is a reparameterised sample of N(mean(s), std(s)^2), every entry by itself, so that
-the policy can no longer have several modes. Paper, Appendix A.
+The action before the tanh is a sample of a Gaussian whose dimensions are independent, so that the
+policy can no longer have several modes:
+
+    a = tanh(mean(s) + std(s) * z),  z from N(0, 1)
+
+Paper, Appendix A.
 
 Run: `python ablations/ampl_gaussian.py --env-id pen-human-v1`
 """
@@ -23,16 +27,22 @@ class Args(ampl.Args):
 
 
 class GaussianPolicy(nn.Module):
-    """forward: obs [L, B, S] -> a sample of the raw (pre-tanh) action [L, B, A]."""
+    """a = tanh of a sample of N(mean(s), std(s)^2), through which the gradient flows."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.net = ampl.MLP((args.num_seeds,), obs_dim, args.hidden, 2 * action_dim)
+        self.net = ampl.mlp(obs_dim, args.hidden, 2 * action_dim)  # mean and log_std side by side
+
+    def raw_action(self, obs: Tensor) -> Tensor:
+        """A sample before the tanh: [B, S] -> [B, A]."""
+        mean, log_std = self.net(obs).chunk(2, -1)
+        # Paper: does not say. Code: these bounds, and no bonus for entropy.
+        std = log_std.clamp(-20, 2).exp()
+        return mean + std * torch.randn_like(mean)
 
     def forward(self, obs: Tensor) -> Tensor:
-        mean, log_std = self.net(obs).chunk(2, -1)
-        # Paper: a Gaussian. Code: log_std clamped to [-20, 2], no entropy term. Here: code.
-        return mean + log_std.clamp(-20, 2).exp() * torch.randn_like(mean)
+        """A sample in (-1, 1): [B, S] -> [B, A]."""
+        return torch.tanh(self.raw_action(obs))
 
 
 class Gaussian(ampl.AMPL):

@@ -1,95 +1,121 @@
 """AMPL with omega by GenDICE (Zhang, Dai, Li, Schuurmans 2020).
 
-Omega, here tau, plays against a test function nu and a multiplier v, in place of one fixed Q: nu
-seeks where the flow equation of occupancies, Eq. (9), does not hold, v watches the mean of tau.
-Paper, Section 4.2 (b).
+In place of one fixed Q a test function nu is learned, which seeks where omega breaks the flow
+equation, Eq. (9). A multiplier v watches that the mean of omega is 1:
 
-    min over tau, max over nu and v:
-        J = (1 - gamma) E[nu(s0, a0)] + gamma E[tau nu(s', a')] - E[tau (nu + nu^2 / 4)]
-            + v (E[tau] - 1) - v^2 / 2
+    min over omega, max over nu and v:
+        J = (1 - gamma) E[nu(s0, a0)] + gamma E[omega nu(s', a')] - E[omega (nu + nu^2 / 4)]
+            + v (E[omega] - 1) - v^2 / 2
+
+E is a mean over the data, or over initial states s0. The actions a' and a0 are the policy's. Paper,
+Section 4.2 (b).
 
 Run: `python ablations/ampl_gendice.py --env-id pen-human-v1`
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ampl
+from ampl_vpm import ClippedOmega
 
 
 @dataclass
 class Args(ampl.Args):
-    miw_lr: float = 3e-3  # Adam of omega (authors' code)
-    miw_nu_lr: float = 1e-4  # Adam of nu, the test function (authors' code)
-    miw_v_lr: float = 1e-4  # Adam of v, which holds the mean of omega at one (authors' code)
-    miw_grad_value: float = 1.0  # each entry of a gradient is clipped to +- this (authors' code)
+    omega_lr: ampl.Positive = 3e-3  # Adam learning rate of omega (authors' code)
+    test_function_lr: ampl.Positive = (
+        1e-4  # Adam learning rate of the test function nu (authors' code)
+    )
+    multiplier_lr: ampl.Positive = 1e-4  # Adam learning rate of the multiplier v (authors' code)
+    omega_grad_value: ampl.Positive = 1.0  # bound of each entry of a gradient (authors' code)
 
-    without = ("miw_alpha", "miw_tau", "miw_mean_bound", "miw_grad_norm")
+    without = ("omega_power", "omega_tau", "omega_mean_bound", "omega_grad_norm")
 
 
-class ClippedWeight(ampl.ImportanceWeight):
-    """omega(s, a), net(s, a) softly clipped to (1e-8, 500), not yet normalised. -> [L, B]"""
+class TestFunction(nn.Module):
+    """nu(s, a)."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.net = ampl.mlp(obs_dim + action_dim, args.hidden, 1)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
-        x = self.net(torch.cat([obs, action], -1)).squeeze(-1)
-        # Paper: these bounds. Code: by two softplus, in place of the power alpha. Here: code.
-        return F.softplus(500 - F.softplus(500 - x) - 1e-8) + 1e-8
+        """[B, S], [B, A] -> [B]."""
+        return self.net(torch.cat([obs, action], -1)).squeeze(-1)
 
 
 def gendice_objective(
-    tau: Tensor, nu: Tensor, nu_next: Tensor, nu_initial: Tensor, v: Tensor, gamma: float
+    omega: Tensor,
+    test: Tensor,
+    test_next: Tensor,
+    test_initial: Tensor,
+    multiplier: Tensor,
+    gamma: float,
 ) -> Tensor:
-    """J, [L]: tau makes it small, nu and v make it large.
+    """J, which omega makes small, and nu and v make large.
 
-    tau, nu [L, B] at the stored pairs, nu_next [L, B] at (s', a'), nu_initial [L, B0], v [L].
+    omega and test (nu) [B] are at stored pairs, test_next [B] at (s', a'), test_initial
+    [omega_initial_batch_size] at (s0, a0).
     """
-    # Paper: GenDICE, no constants. Code: this, the divergence chi-square. Here: code.
-    flow = (1 - gamma) * nu_initial.mean(-1) + gamma * (tau * nu_next).mean(-1)
-    norm = v * (tau.mean(-1) - 1) - v.square() / 2
-    return flow - (tau * (nu + nu.square() / 4)).mean(-1) + norm
+    # Paper: does not say. Code: this J, where nu^2 / 4 belongs to the chi-square divergence.
+    flow = (1 - gamma) * test_initial.mean() + gamma * (omega * test_next).mean()
+    visits = (omega * (test + test.square() / 4)).mean()
+    norm = multiplier * (omega.mean() - 1) - multiplier.square() / 2
+    return flow - visits + norm
 
 
 class GenDICE(ampl.AMPL):
-    Weight = ClippedWeight
+    Omega = ClippedOmega
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         super().__init__(args, obs_dim, action_dim, device)
-        self.nu = self.build("nu", ampl.TwinCritic)  # of which the first head is used
-        self.v = nn.Parameter(torch.ones(self.learners, device=device))
-        self.optimizers["nu"] = self.adam(self.nu.parameters(), args.miw_nu_lr)
-        self.optimizers["v"] = self.adam([self.v], args.miw_v_lr)
+        self.test_function = self.build("test function", TestFunction)
+        self.multiplier = nn.Parameter(torch.ones((), device=device))
+        self.test_optimizer = self.adam(self.test_function.parameters(), args.test_function_lr)
+        self.multiplier_optimizer = self.adam([self.multiplier], args.multiplier_lr)
 
-    def fit_weight(self, k: int, log: Callable) -> Tensor:
-        return self.train_weight(self.miw_step, k, log)
+    def omega_step(self, q_data: Tensor) -> ampl.Scalars:
+        """A step of omega, nu and v, all by the same J. The Q of the data, q_data [N], is not used.
 
-    def miw_step(self) -> ampl.Logs:
-        """One step of tau, nu and v, each along J as it was before the step."""
-        args, bound = self.args, self.args.miw_grad_value
-        batch = self.sample_data(args.miw_batch_size)
-        start = self.sample_rows(self.initial_obs, args.miw_initial_batch_size)
+        Omega, nu, v and the moments of Adam go on from one training to the next.
+        """
+        args = self.args
+        batch = self.sample_data(args.omega_batch_size)
+        start = self.random_rows(self.initial_obs, args.omega_initial_batch_size)
         with torch.no_grad():
-            next_action, action = (torch.tanh(self.actor(s)) for s in (batch.next_obs, start))
-        tau, nu = self.omega(batch.obs, batch.action), self.nu.first(batch.obs, batch.action)
-        # Paper: silent. Code: terminals flow on, to the next episode's first state (its loader's
-        # s'). Here: they flow on to the stored s' (to s itself where the file has none).
-        nu_next, nu_initial = (
-            self.nu.first(batch.next_obs, next_action),
-            self.nu.first(start, action),
+            next_action = self.actor(batch.next_obs)
+            start_action = self.actor(start)
+
+        # Paper: does not say. Code: flow goes on from a terminal row to the next episode's first
+        # state, which its loader takes for s'. Here: to the stored s', or where the file has none,
+        # to s.
+        omega = self.omega(batch.obs, batch.action)
+        test = self.test_function(batch.obs, batch.action)
+        test_next = self.test_function(batch.next_obs, next_action)
+        test_initial = self.test_function(start, start_action)
+        objective = gendice_objective(
+            omega, test, test_next, test_initial, self.multiplier, args.gamma
         )
-        objective = gendice_objective(tau, nu, nu_next, nu_initial, self.v, args.gamma)
-        for player, sign in (("omega", 1), ("nu", -1), ("v", -1)):
-            optimizer = self.optimizers[player]
-            grads = ampl.gradients(sign * objective, optimizer, keep_graph=True)
-            ampl.move(optimizer, [g.clamp(-bound, bound) for g in grads])
-        mean_tau = tau.detach().mean(-1)
-        return {"losses/weight_loss": objective.detach(), "weights/batch_mean": mean_tau}
+
+        # All gradients are taken before anything steps. Omega goes down, the others up.
+        optimizers = [self.omega_optimizer, self.test_optimizer, self.multiplier_optimizer]
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        objective.backward(inputs=list(self.omega.parameters()), retain_graph=True)
+        (-objective).backward(inputs=[*self.test_function.parameters(), self.multiplier])
+        for optimizer in optimizers:
+            parameters = ampl.parameters_of(optimizer)
+            nn.utils.clip_grad_value_(parameters, args.omega_grad_value)
+            optimizer.step()
+        return {
+            "losses/omega_loss": objective.detach(),
+            "omega/batch_mean": omega.detach().mean(),
+        }
 
 
 if __name__ == "__main__":

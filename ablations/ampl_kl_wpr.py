@@ -1,10 +1,12 @@
-"""AMPL with the weighted policy regularizer from the dual of the KL divergence (KL-dual + WPR).
+"""AMPL with the dual of the KL divergence as its weighted policy regularizer (KL-dual + WPR).
 
-Pairs and weights are those of WPR (ampl_wpr.py); the discriminator is an unbounded function T that
-estimates KL(p || q), p the true and q the fake pairs, in place of the Jensen-Shannon divergence of
-Eq. (8). Paper, Appendix A.
+The pairs and their weights are those of ampl_wpr.py. In place of the Jensen-Shannon divergence of
+Eq. (8) they estimate KL(p || q), where p are the true and q the fake pairs:
 
-    KL(p || q) = sup over T: E_p[T] - log E_q[exp T]
+    KL(p || q) = sup over T of  E_p[T] - log E_q[exp T]
+
+T is the discriminator's output, any number. The discriminator raises this difference and the policy
+lowers it. Both means are weighted by omega. Paper, Appendix A.
 
 Run: `python ablations/ampl_kl_wpr.py --env-id pen-human-v1`
 """
@@ -16,49 +18,55 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ampl
 from ampl_wpr import WPR
 
 
 @dataclass
 class Args(ampl.Args):
-    mean_gap: bool = False  # the objective is E_p[T] - E_q[T] (authors' code), without log and exp
+    mean_gap: bool = False  # the authors' code's objective, E_p[omega T] - E_q[omega T]
 
-    without = ("label_smoothing",)
-
-
-def log_mean_exp(values: Tensor, weight: Tensor) -> Tensor:
-    """log of the weighted mean of exp(values), [L, B] -> [L]; 0 where no row has a weight."""
-    values = torch.where(weight > 0, values + weight.clamp(min=1e-30).log(), -1e30)
-    total = weight.sum(-1)
-    return torch.where(total > 0, values.logsumexp(-1) - total.clamp(min=1e-30).log(), 0.0)
+    without = ("true_label_min",)
 
 
-def kl_generator_loss(fake: Tensor, weight: Tensor, keep: Tensor, mean_gap: bool) -> Tensor:
-    """The part of the KL dual that the policy moves, [L]; fake [L, B]: T at its pairs."""
-    # Paper: -log E_q[exp T]. Code: -E_q[T]. Here: paper, or code by --mean-gap.
+def weighted_log_mean_exp(values: Tensor, weight: Tensor) -> Tensor:
+    """The log of the weighted mean of exp(values), that is, of sum(weight exp) / sum(weight).
+
+    values and weight are [B]. It is 0 where no row has a weight.
+    """
+    weighted = values + weight.clamp(min=1e-30).log()
+    log_sum = torch.where(weight > 0, weighted, -1e30).logsumexp(0)
+    total = weight.sum()
+    return torch.where(total > 0, log_sum - total.clamp(min=1e-30).log(), 0.0)
+
+
+def weighted_kl_generator_loss(fake: Tensor, omega: Tensor, keep: Tensor, mean_gap: bool) -> Tensor:
+    """The part of the difference that the policy changes; fake is T at its pairs [B]."""
+    # Paper: -log E_q[exp T]. Code: -E_q[T]. Here: the paper's, or the code's by --mean-gap.
     if mean_gap:
-        return -ampl.masked_mean(weight * fake, keep)
-    return -log_mean_exp(fake, weight * keep)
+        return -ampl.masked_mean(omega * fake, keep)
+    return -weighted_log_mean_exp(fake, omega * keep)
 
 
-def kl_discriminator_loss(
-    true: Tensor, fake: Tensor, weight: Tensor, keep: Tensor, mean_gap: bool
+def weighted_kl_discriminator_loss(
+    true: Tensor, fake: Tensor, omega: Tensor, keep: Tensor, mean_gap: bool
 ) -> Tensor:
-    """Minus the KL dual of the weighted pairs, [L]; T [L, B] at the true and at the fake ones."""
-    # Weights sum to one in p as they do in q: else T could gain by a constant alone.
-    scale = 1.0 if mean_gap else ampl.masked_mean(weight, keep).clamp(min=1e-30)
-    true_part = ampl.masked_mean(weight * true, keep) / scale
-    return -kl_generator_loss(fake, weight, keep, mean_gap) - true_part
+    """Minus the whole difference; true and fake are T at the pairs [B]."""
+    true_part = ampl.masked_mean(omega * true, keep)
+    if not mean_gap:
+        # The weights must sum to 1 in p as they do in q. Else T could gain by a constant alone.
+        true_part = true_part / ampl.masked_mean(omega, keep).clamp(min=1e-30)
+    return -weighted_kl_generator_loss(fake, omega, keep, mean_gap) - true_part
 
 
 class KLWPR(WPR):
-    def gan_losses(self, obs: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
-        true, fake, weight, keep = self.next_pairs(raw.requires_grad)
+    def gan_losses(self, batch: ampl.Batch, step_actor: bool) -> tuple[Tensor, Tensor]:
+        """The losses of policy and discriminator. The iteration's batch is not used."""
+        true, fake, omega, keep = self.next_pairs(step_actor)
         mean_gap = self.args.mean_gap
-        disc_loss = kl_discriminator_loss(true, fake, weight, keep, mean_gap)
-        return kl_generator_loss(fake, weight, keep, mean_gap), disc_loss
+        disc_loss = weighted_kl_discriminator_loss(true, fake, omega, keep, mean_gap)
+        return weighted_kl_generator_loss(fake, omega, keep, mean_gap), disc_loss
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""AMPL without the policy regularizer: after the warm start the policy only maximises Q.
+"""AMPL without the policy's regularizer: after the warm-up the policy only raises Q.
 
-Its loss is -mean min_j Q_j, the first term of Eq. (17) without lambda. The warm start still
-imitates through the GAN; after it the discriminator goes on for the log alone, where
-losses/generator_loss tells how far the policy has left the data. Paper, Appendix A.
+Its loss is then the first term of Eq. (17), without the factor lambda:
+
+    - mean over s of min_j Q_j(s, pi(s))
+
+The warm-up still imitates the data by the GAN. After it the discriminator goes on learning for the
+log alone, where losses/generator_loss tells how far the policy has left the data. Paper,
+Appendix A.
 
 Run: `python ablations/ampl_no_reg.py --env-id pen-human-v1`
 """
@@ -23,8 +27,9 @@ class Args(ampl.Args):
 
 
 class NoRegularizer(ampl.AMPL):
-    def policy_loss(self, q_min: Tensor, gan_loss: Tensor) -> Tensor:
-        return -q_min.mean(-1)
+    def policy_loss(self, q_policy: Tensor, regularizer: Tensor) -> Tensor:
+        """Minus the mean of q_policy [B]; the regularizer does not count."""
+        return -q_policy.mean()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""AMPL without rollout data: every batch comes from the data, the share f of real rows stays 1.
+"""AMPL without D_model: every batch is from the data, that is, the share f of data rows stays 1.
 
-The model still gives the s' of the policy's pairs, Eq. (14), and is re-trained with omega as in
-ampl.py. Paper, Appendix A.
+The model is still fitted and refitted with omega, and still gives the s' of the fake pairs,
+Eq. (14). Paper, Appendix A.
 
 Run: `python ablations/ampl_no_rollouts.py --env-id pen-human-v1`
 """
@@ -16,15 +16,16 @@ import ampl
 
 @dataclass
 class Args(ampl.Args):
-    real_fraction: float = 1.0  # share f of real rows in a batch
-    rollout_rows: int = 1  # like the next: the buffer stays empty and takes no memory
-    buffer_size: int = 1
+    real_fraction: ampl.Share = 1.0  # final share f of data rows in a batch
+    rollout_rows: ampl.Count = 1  # not used, but may not exceed buffer_size
+    buffer_size: ampl.Count = 1  # D_model stays empty and should take no memory
 
-    without = ("horizon", "rollout_", "buffer_size", "real_", "shared_rollout_action")
+    without = ("horizon", "rollout_", "buffer_size", "real_")
 
 
 class NoRollouts(ampl.AMPL):
-    def rollout(self) -> ampl.Logs:
+    def rollout(self) -> ampl.Scalars:
+        """Write nothing to D_model."""
         return {}
 
 

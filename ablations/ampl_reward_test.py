@@ -1,16 +1,16 @@
-"""AMPL with the reward as the test function of omega, in place of Q.
+"""AMPL with the reward in place of Q as the test function of omega.
 
-The flow equation is held against r_hat(s, a), drawn from the model on both sides of Eq. (10):
+Omega is trained so that both sides of Eq. (10) agree, with the model's reward r^ where Q stands:
 
-    E[omega r_hat(s, a)] = gamma E[omega' r_hat(s', a')] + (1 - gamma) E[r_hat(s0, a0)]
+    E[omega r^(s, a)] = gamma E[omega' r^(s', a')] + (1 - gamma) E[r^(s0, a0)]
 
+E is a mean over the data, or over initial states s0. The actions a' and a0 are the policy's.
 Paper, Appendix A.
 
 Run: `python ablations/ampl_reward_test.py --env-id pen-human-v1`
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,33 +23,34 @@ import ampl
 
 @dataclass
 class Args(ampl.Args):
-    miw_tau: float = 0.01  # Polyak rate of the slow copy of omega (authors' code)
+    """The flags of ampl.py."""
 
 
 class RewardTest(ampl.AMPL):
-    def model_reward(self, obs: Tensor, action: Tensor | None = None) -> Tensor:
-        """A draw of r_hat(s, a) [L, B], without an action at a fresh one of the policy."""
-        action = torch.tanh(self.actor(obs)) if action is None else action
-        return self.elites.sample(obs, action)[0]
+    def model_reward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """Rewards drawn from the model: [B, S], [B, A] -> [B]."""
+        reward, _ = self.elites.sample(obs, action)
+        return reward
 
-    def fit_weight(self, k: int, log: Callable) -> Tensor:
-        return self.train_weight(self.miw_step, k, log)
-
-    def miw_step(self) -> ampl.Logs:
-        """One step of omega, Eq. (11) with r_hat for Q; all else is ampl.py's."""
+    def omega_step(self, q_data: Tensor) -> ampl.Scalars:
+        """One step of omega, Eq. (11) with r^ for Q. The Q of the data, q_data [N], is not used."""
         args = self.args
-        batch = self.sample_data(args.miw_batch_size)
-        start = self.sample_rows(self.initial_obs, args.miw_initial_batch_size)
+        batch = self.sample_data(args.omega_batch_size)
+        start = self.random_rows(self.initial_obs, args.omega_initial_batch_size)
+        # Paper: the reward. Code: the model's reward, scaled like the data's and drawn anew on both
+        # sides and in every step. There is no slow copy of it, as there is of Q.
         with torch.no_grad():
-            # Paper: the reward. Code: the model's, in scaled units, drawn anew on both sides and
-            # in every step, no slow copy of it. Here: code.
             reward = self.model_reward(batch.obs, batch.action)
-            reward_next = self.model_reward(batch.next_obs) * (1 - batch.terminated)
-            reward_initial = self.model_reward(start)
-            omega_slow = self.omega_slow(batch.obs, batch.action)
+            reward_next = self.model_reward(batch.next_obs, self.actor(batch.next_obs))
+            reward_next = reward_next * (1 - batch.terminated)  # nothing follows a terminal state
+            reward_initial = self.model_reward(start, self.actor(start))
+            omega_target = self.omega_target(batch.obs, batch.action)
         omega = self.omega(batch.obs, batch.action)
-        loss = ampl.miw_loss(omega, omega_slow, reward, reward_next, reward_initial, args.gamma)
-        return self.move_omega(omega, loss)
+        loss = ampl.omega_loss(omega, omega_target, reward, reward_next, reward_initial, args.gamma)
+        mean_omega = omega.mean()
+        self.move_omega(loss, mean_omega)
+        ampl.polyak(self.omega_target, self.omega, args.omega_tau)
+        return {"losses/omega_loss": loss.detach(), "omega/batch_mean": mean_omega.detach()}
 
 
 if __name__ == "__main__":

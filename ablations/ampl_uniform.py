@@ -1,18 +1,18 @@
-"""AMPL with omega = 1: tells the effect of re-training the model from that of the weights.
+"""AMPL with omega = 1: the model is refitted on AMPL's schedule, but all rows weigh the same.
 
-The model is re-trained on AMPL's schedule, Eq. (6), with every weight one. The paper lacks this
-control, and needs it: the released weights are nearly flat (README), so that AMPL against NW may
-mainly measure nine more re-trainings.
+It tells the effect of fitting the model further from the effect of the weights. The paper lacks
+this control and needs it: the weights of the authors' code are nearly flat (see README.md), so
+that AMPL against NW (ampl_nw.py) may mainly measure nine more fits.
 
 Run: `python ablations/ampl_uniform.py --env-id pen-human-v1`
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ampl
@@ -20,12 +20,13 @@ import ampl
 
 @dataclass
 class Args(ampl.Args):
-    without = ("initial_states", "num_initial_states", "miw_")
+    without = ("initial_states", "num_initial_states", "omega_")
 
 
 class Uniform(ampl.AMPL):
-    def retrain(self, k: int, log: Callable) -> None:
-        self.fit_model(k, torch.ones_like(self.weight), log)  # Eq. (6) at omega = 1
+    def fit_omega(self, k: int, progress: ampl.Progress) -> Tensor:
+        """Omega stays untrained. -> ones [N], with which Eq. (6) is Eq. (4)"""
+        return torch.ones(len(self.data), device=self.device)
 
 
 if __name__ == "__main__":

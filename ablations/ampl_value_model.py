@@ -1,17 +1,18 @@
-"""AMPL with the value function as the model's discriminator: re-fits are value-aware.
+"""AMPL with the value function as the model's discriminator: refits of the model are value-aware.
 
-After fit 0, Eq. (4), the model's loss in place of Eq. (6) is, per row and times omega, the negative
-log-likelihood of the reward alone plus the error of Q_1 at the next state that the model draws:
+The first fit is that of ampl.py, Eq. (4). In the refits a next state s^' that the model draws need
+not be likely; it must have the value of the true s'. The loss of a row, in place of Eq. (6), is
 
-    |Q_1(s', pi(s')) - Q_1(s'_hat, pi(s'_hat))|, the gradient through the state s'_hat only
+    omega * (-log P^(r | s, a) + |Q_1(s', pi(s')) - Q_1(s^', pi(s^'))|)
 
-Elites and the end of a fit are judged by the squared error, as in ampl.py. Paper, Appendix A.
+with the likelihood of the reward alone (up to the constants of `model_loss`). The gradient flows
+through the state s^' only. Held-out rows are judged by the squared error, as in ampl.py. Paper,
+Appendix A.
 
 Run: `python ablations/ampl_value_model.py --env-id pen-human-v1`
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,33 +25,38 @@ import ampl
 
 @dataclass
 class Args(ampl.Args):
-    """Those of ampl.py."""
+    """The flags of ampl.py."""
 
 
 class ValueModel(ampl.AMPL):
-    def fit_model(self, k: int, weight: Tensor, log: Callable) -> Tensor:
-        self.value_aware = k > 0  # the same in all steps of a fit, as its CUDA graph needs
-        return super().fit_model(k, weight, log)
+    def fit_model(self, k: int, omega: Tensor, progress: ampl.Progress) -> Tensor:
+        """As in ampl.py, but value-aware from the second fit on. -> hold-out errors [M]"""
+        self.value_aware = k > 0  # the same in all steps of a fit, as a CUDA graph needs it
+        self.critic.requires_grad_(False)  # its gradients would cost time and are not used
+        error = super().fit_model(k, omega, progress)
+        self.critic.requires_grad_(True)
+        return error
 
-    def next_value(self, x: Tensor, target: Tensor) -> Tensor:
-        """Q_1(s', pi(s')) of normalised inputs and targets [L, M, B, ...]. -> [L, M, B]"""
-        model = self.model
-        obs = (x * model.input_std + model.input_mean)[..., : self.sizes[0]]
-        next_obs = obs + (target * model.target_std + model.target_mean)[..., 1:]
-        next_obs = next_obs.flatten(1, 2)  # [L, M B, S]
-        with torch.no_grad():
-            action = torch.tanh(self.actor(next_obs))
-        return self.critic.first(next_obs, action).view(x.shape[:3])
-
-    def fit_loss(self, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Of normalised inputs and targets [L, M, B, ...]. -> [L, M]"""
+    def fit_loss(self, x: Tensor, y: Tensor, omega: Tensor) -> Tensor:
+        """On inputs x and targets y [M, B, ...], both standardised, and omega [M, B]. -> [M]"""
         if not self.value_aware:
-            return super().fit_loss(x, y, weight)
+            return super().fit_loss(x, y, omega)
         mean, log_std = self.model(x)
-        y_hat = mean + log_std.exp() * torch.randn_like(mean)
-        gap = (self.next_value(x, y) - self.next_value(x, y_hat)).abs()
-        reward_loss = ampl.model_loss(mean[..., :1], log_std[..., :1], y[..., :1], weight)
-        return reward_loss + (weight * gap).mean(-1)
+        drawn = mean + log_std.exp() * torch.randn_like(mean)
+        value_error = (self.next_value(x, y) - self.next_value(x, drawn)).abs()  # [M, B]
+        reward_loss = ampl.model_loss(mean[..., :1], log_std[..., :1], y[..., :1], omega)
+        return reward_loss + (omega * value_error).mean(-1)
+
+    def next_value(self, x: Tensor, y: Tensor) -> Tensor:
+        """Q_1(s', pi(s')) for inputs x and targets y [M, B, ...], both standardised. -> [M, B]"""
+        model = self.model
+        inputs = x * model.input_std + model.input_mean  # s, a
+        targets = y * model.target_std + model.target_mean  # r, s' - s
+        next_obs = inputs[..., : self.obs_dim] + targets[..., 1:]
+        next_obs = next_obs.flatten(0, 1)  # [M * B, S]
+        with torch.no_grad():
+            next_action = self.actor(next_obs)
+        return self.critic.q1_only(next_obs, next_action).view(x.shape[:2])
 
 
 if __name__ == "__main__":

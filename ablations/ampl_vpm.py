@@ -1,18 +1,24 @@
 """AMPL with omega by the variational power method (VPM; Wen, Dai, Li, Schuurmans 2020).
 
-Omega, here tau, follows the flow equation of occupancies itself, Eq. (9), without a Q function: it
-is regressed on a slower and slower average of its own one-step flow. Paper, Section 4.2 (b). In
-step t, with tau' a copy of tau that is at most ten steps old and a_t = 1 / sqrt(t):
+Omega is a fixed point of the flow equation, Eq. (9): the policy's visits are starts of episodes and
+successors of visits. As the power method finds an eigenvector, so VPM finds omega: it moves omega
+again and again towards what one step of that flow makes of it. No Q is needed. In step t of a
+training, with a_t = 1 / sqrt(t), it is
 
-    min over tau:  E[tau^2] / 2 - (1 - a_t) E[tau tau'] - a_t flow(tau, tau') + norm(tau, v)
-    max over v:    norm(tau, v) = 2 v (E[tau] - 1) - v^2, which holds the mean of tau at one
-    flow(tau, tau') = (1 - gamma) E[tau(s0, a0)] + gamma E[tau(s', a') tau'(s, a)]
+    min over omega, max over v:
+        E[omega^2] / 2 - (1 - a_t) E[omega omega'] - a_t flow + norm
+        flow = (1 - gamma) E[omega(s0, a0)] + gamma E[omega(s', a') omega'(s, a)]
+        norm = 2 v (E[omega] - 1) - v^2
+
+E is a mean over the data, or over initial states s0. The actions a' and a0 are the policy's. omega'
+is a copy of omega that is at most ten steps old. Without the norm, omega at its least is
+(1 - a_t) omega' + a_t * (one step of the flow of omega'). The norm holds the mean of omega at 1: at
+its largest over the multiplier v it is (E[omega] - 1)^2. Paper, Section 4.2 (b).
 
 Run: `python ablations/ampl_vpm.py --env-id pen-human-v1`
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,78 +32,103 @@ import ampl
 
 @dataclass
 class Args(ampl.Args):
-    miw_steps: int = 2000  # steps of each training of omega: 200 power steps of 10 (authors' code)
-    miw_lr: float = 3e-4  # Adam of omega (authors' code)
-    miw_v_lr: float = 3e-4  # Adam of v, which holds the mean of omega at one (authors' code)
-    miw_power_every: int = 10  # steps between two copies of omega to tau' (authors' code)
+    omega_steps: ampl.Count = 2000  # steps per training of omega (authors' code)
+    omega_lr: ampl.Positive = 3e-4  # Adam learning rate of omega (authors' code)
+    multiplier_lr: ampl.Positive = 3e-4  # Adam learning rate of the multiplier v (authors' code)
+    omega_copy_every: ampl.Count = 10  # steps between copies of omega to omega' (authors' code)
 
-    without = ("miw_alpha", "miw_tau", "miw_mean_bound", "miw_grad_norm")
+    without = ("omega_power", "omega_tau", "omega_mean_bound", "omega_grad_norm")
 
 
-class ClippedWeight(ampl.ImportanceWeight):
-    """omega(s, a), net(s, a) softly clipped to (1e-8, 500), not yet normalised. -> [L, B]"""
+class ClippedOmega(ampl.OmegaNetwork):
+    """omega(s, a) as the net's output, softly clipped to (1e-8, 500), before any division."""
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """[B, S], [B, A] -> [B]."""
         x = self.net(torch.cat([obs, action], -1)).squeeze(-1)
-        # Paper: these bounds. Code: by two softplus, in place of the power alpha. Here: code.
-        return F.softplus(500 - F.softplus(500 - x) - 1e-8) + 1e-8
-
-
-def vpm_norm(mean_tau: Tensor, v: Tensor) -> Tensor:
-    """2 v (E[tau] - 1) - v^2, all [L]: at its largest over v it is the square of E[tau] - 1."""
-    return 2 * v * (mean_tau - 1) - v.square()
+        # Paper: these bounds. Code: by two softplus, in place of ampl.py's power of one.
+        below_500 = 500 - F.softplus(500 - x)
+        return F.softplus(below_500 - 1e-8) + 1e-8
 
 
 def vpm_loss(
-    tau: Tensor, tau_slow: Tensor, tau_next: Tensor, tau_initial: Tensor, a: Tensor, gamma: float
+    omega: Tensor,
+    omega_target: Tensor,
+    omega_next: Tensor,
+    omega_initial: Tensor,
+    flow_rate: Tensor,
+    gamma: float,
 ) -> Tensor:
-    """Of tau, without the norm, [L]: at its least tau is (1 - a) tau' + a times the flow of tau'.
+    """The loss of omega without the norm; flow_rate is a_t.
 
-    tau and tau' [L, B] at the stored pairs, tau_next [L, B] at (s', a'), tau_initial [L, B0].
+    omega and omega_target [B] are at stored pairs, omega_next [B] at (s', a'), omega_initial
+    [omega_initial_batch_size] at (s0, a0).
     """
-    # Paper: the power method, no constants. Code: this, one Adam step for each t. Here: code.
-    flow = (1 - gamma) * tau_initial.mean(-1) + gamma * (tau_next * tau_slow).mean(-1)
-    return 0.5 * tau.square().mean(-1) - (1 - a) * (tau * tau_slow).mean(-1) - a * flow
+    flow = (1 - gamma) * omega_initial.mean() + gamma * (omega_next * omega_target).mean()
+    inertia = (1 - flow_rate) * (omega * omega_target).mean()
+    return omega.square().mean() / 2 - inertia - flow_rate * flow
+
+
+def vpm_norm(mean_omega: Tensor, multiplier: Tensor) -> Tensor:
+    """2 v (E[omega] - 1) - v^2."""
+    return 2 * multiplier * (mean_omega - 1) - multiplier.square()
 
 
 class VPM(ampl.AMPL):
-    Weight = ClippedWeight  # of omega and of omega_slow, here tau'
+    Omega = ClippedOmega
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         super().__init__(args, obs_dim, action_dim, device)
-        self.v = nn.Parameter(torch.ones(self.learners, device=device))
-        self.register_buffer("t", torch.zeros((), device=device))  # so that a CUDA graph counts on
-        self.optimizers["v"] = self.adam([self.v], args.miw_v_lr)
+        self.multiplier = nn.Parameter(torch.ones((), device=device))  # v
+        self.multiplier_optimizer = self.adam([self.multiplier], args.multiplier_lr)
+        self.register_buffer("step", torch.zeros((), device=device))  # t; a CUDA graph counts on
 
-    def fit_weight(self, k: int, log: Callable) -> Tensor:
-        self.t.zero_()  # a_t starts anew in every training; tau', v and Adam's moments go on
-        return self.train_weight(self.miw_step, k, log)
+    def fit_omega(self, k: int, progress: ampl.Progress) -> Tensor:
+        """As in ampl.py, with steps counted from 1. -> omega / its mean [N]"""
+        self.step.zero_()  # omega', v and the moments of Adam go on from the last training
+        return super().fit_omega(k, progress)
 
-    def miw_step(self) -> ampl.Logs:
-        """One step of tau, which descends, and then of v, which ascends."""
-        args, omega, v = self.args, self.optimizers["omega"], self.optimizers["v"]
-        batch = self.sample_data(args.miw_batch_size)
-        start = self.sample_rows(self.initial_obs, args.miw_initial_batch_size)
+    def omega_step(self, q_data: Tensor) -> ampl.Scalars:
+        """A step of omega down, then a step of v up. The Q of the data, q_data [N], is not used."""
+        args = self.args
+        batch = self.sample_data(args.omega_batch_size)
+        start = self.random_rows(self.initial_obs, args.omega_initial_batch_size)
         with torch.no_grad():
-            tau_slow = self.omega_slow(batch.obs, batch.action)
-            next_action, action = (torch.tanh(self.actor(s)) for s in (batch.next_obs, start))
-        # Paper: silent. Code: terminals flow on, to the next episode's first state (its loader's
-        # s'). Here: they flow on to the stored s' (to s itself where the file has none).
-        tau, tau_next = self.omega(batch.obs, batch.action), self.omega(batch.next_obs, next_action)
-        self.t.add_(1)
-        loss = vpm_loss(
-            tau, tau_slow, tau_next, self.omega(start, action), self.t.rsqrt(), args.gamma
-        )
-        loss = loss + vpm_norm(tau.mean(-1), self.v.detach())
-        ampl.move(omega, ampl.gradients(loss, omega))
+            omega_target = self.omega_target(batch.obs, batch.action)
+            next_action = self.actor(batch.next_obs)
+            start_action = self.actor(start)
+
+        # Paper: does not say. Code: flow goes on from a terminal row to the next episode's first
+        # state, which its loader takes for s'. Here: to the stored s', or where the file has none,
+        # to s.
+        omega = self.omega(batch.obs, batch.action)
+        omega_next = self.omega(batch.next_obs, next_action)
+        omega_initial = self.omega(start, start_action)
+        self.step.add_(1)
+        flow_rate = self.step.rsqrt()  # a_t
+        loss = vpm_loss(omega, omega_target, omega_next, omega_initial, flow_rate, args.gamma)
+        loss = loss + vpm_norm(omega.mean(), self.multiplier.detach())
+        self.omega_optimizer.zero_grad()
+        loss.backward()
+        self.omega_optimizer.step()
+
+        # Code: v sees the mean of omega after omega's step.
         with torch.no_grad():
-            mean_tau = self.omega(batch.obs, batch.action).mean(-1)  # after its step, as in Code
-            # Code: tau is copied to tau' after steps 1, 11, 21, ...
-            due = ((self.t - 1) % args.miw_power_every == 0).float()  # no branch: for a CUDA graph
-            for slow, fast in zip(self.omega_slow.parameters(), self.omega.parameters()):
-                slow.lerp_(fast, due)
-        ampl.move(v, ampl.gradients(-vpm_norm(mean_tau, self.v), v))
-        return {"losses/weight_loss": loss.detach(), "weights/batch_mean": mean_tau}
+            mean_omega = self.omega(batch.obs, batch.action).mean()
+        multiplier_loss = -vpm_norm(mean_omega, self.multiplier)
+        self.multiplier_optimizer.zero_grad()
+        multiplier_loss.backward()
+        self.multiplier_optimizer.step()
+
+        self.copy_omega_if_due()
+        return {"losses/omega_loss": loss.detach(), "omega/batch_mean": mean_omega}
+
+    @torch.no_grad()
+    def copy_omega_if_due(self) -> None:
+        """Copy omega to omega' after steps 1, 11, 21, ..., as in the authors' code."""
+        due = (self.step - 1) % self.args.omega_copy_every == 0
+        for target, parameter in zip(self.omega_target.parameters(), self.omega.parameters()):
+            target.copy_(torch.where(due, parameter, target))  # a CUDA graph can hold no `if`
 
 
 if __name__ == "__main__":
