@@ -53,6 +53,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -651,7 +652,9 @@ class SACCollection:
         for name, weight in self.sac.named_parameters():
             if not weight.isfinite().all():
                 steps = self.records["SAC"].count
-                sys.exit(f"{name} is not finite after {steps} steps of SAC: lower its rate")
+                sys.exit(
+                    f"after {steps} steps of SAC {name} is not finite: lower the learning rates"
+                )
 
     # --- what --resume reads ---
 
@@ -934,31 +937,41 @@ def part_of(path: Path) -> Path:
 
 
 def write_hdf5(path: Path, columns: Columns, attributes: dict) -> None:
-    """Write D4RL's layout, gzip after a byte shuffle. Whatever happens, `path` is the old file or
-    the new one, never a part of it."""
+    """Write the file. Whatever happens, `path` is the old file or the new one, never a part of it.
+
+    The file is built in memory, because HDF5 crashes where the disk is full.
+    """
     part = part_of(path)
     try:
-        with h5py.File(part, "w") as file:
-            file.attrs.update(attributes)
-            for name, column in columns.items():
-                # One coordinate per chunk: neighbours in time are alike, x and y are not.
-                chunks = (min(len(column), 100_000), 1)[: column.ndim]
-                file.create_dataset(
-                    name,
-                    data=column,
-                    chunks=chunks,
-                    compression="gzip",
-                    compression_opts=4,
-                    shuffle=True,
-                )
-        with open(part, "rb") as file:
+        content = hdf5_of(columns, attributes)
+        with open(part, "wb") as file:
+            file.write(content.getbuffer())
+            file.flush()
             os.fsync(file.fileno())  # else the new name might be on the disk before the content
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # HDF5 reports a full disk as either
-        reason = " ".join(str(error).split())
-        sys.exit(f"cannot write {path} ({reason}); what was there is unharmed")
+    except OSError as error:
+        sys.exit(f"cannot write {path} ({error}); what was there is unharmed")
     finally:
         part.unlink(missing_ok=True)  # after a failure or Ctrl-C
+
+
+def hdf5_of(columns: Columns, attributes: dict) -> io.BytesIO:
+    """The content of an HDF5 file in D4RL's layout, gzip after a byte shuffle."""
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        file.attrs.update(attributes)
+        for name, column in columns.items():
+            # One coordinate per chunk: neighbours in time are alike, x and y are not.
+            chunks = (min(len(column), 100_000), 1)[: column.ndim]
+            file.create_dataset(
+                name,
+                data=column,
+                chunks=chunks,
+                compression="gzip",
+                compression_opts=4,
+                shuffle=True,
+            )
+    return content
 
 
 if __name__ == "__main__":
