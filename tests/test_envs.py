@@ -15,10 +15,6 @@ import torch
 import ampl
 
 D4RL = Path(importlib.util.find_spec("d4rl").submodule_search_locations[0])
-MAZES = {
-    "open": "OPEN", "umaze": "U_MAZE", "medium": "MEDIUM_MAZE", "large": "LARGE_MAZE",
-    "eval-umaze": "U_MAZE_EVAL", "eval-medium": "MEDIUM_MAZE_EVAL", "eval-large": "LARGE_MAZE_EVAL",
-}  # fmt: skip
 
 
 def run_source(text, **names):
@@ -34,10 +30,27 @@ def make(env_id):
 
 
 # --- maze2d ---
+# Our names of the mazes, and what D4RL calls their layouts.
+D4RL_LAYOUTS = {
+    "open": "OPEN",
+    "umaze": "U_MAZE",
+    "medium": "MEDIUM_MAZE",
+    "large": "LARGE_MAZE",
+    "eval-umaze": "U_MAZE_EVAL",
+    "eval-medium": "MEDIUM_MAZE_EVAL",
+    "eval-large": "LARGE_MAZE_EVAL",
+}
+GOALS = {
+    # maze: goal, number of open cells
+    "umaze": ((1, 1), 7),
+    "medium": ((6, 6), 26),
+    "large": ((7, 9), 46),
+    "open": ((2, 3), 15),
+}
 
 
 def maze_id(maze):
-    return f"maze2d-{maze}-v{int(maze != 'open')}"
+    return f"maze2d-{maze}-v0" if maze == "open" else f"maze2d-{maze}-v1"
 
 
 def step_from(env, state, action):
@@ -47,137 +60,229 @@ def step_from(env, state, action):
     return env.step(np.asarray(action, np.float32))
 
 
-@pytest.mark.parametrize("maze", MAZES)
+def d4rl_model_step(model, state, action):
+    """The same step of D4RL's own model, which limits the speed before it. -> obs, touches?"""
+    data = mujoco.MjData(model)
+    data.qpos[:] = state[:2]
+    data.qvel[:] = state[2:].clip(-5, 5)
+    data.ctrl[:] = action
+    mujoco.mj_step(model, data)
+    return np.concatenate([data.qpos, data.qvel]), data.ncon > 0
+
+
+@pytest.mark.parametrize("maze", D4RL_LAYOUTS)
 def test_maze_steps_as_d4rls_own_model(maze):
     """Layout, frame, walls, mass, damping, motors, speed limit: one step from 400 random states."""
     builder = runpy.run_path(str(D4RL / "pointmaze/dynamic_mjc.py"))["MJCModel"]
     source = (D4RL / "pointmaze/maze_model.py").read_text().split("\nclass MazeEnv")[0]
     d4rl = run_source(source, np=np, MJCModel=builder)
-    layout = getattr(d4rl, MAZES[maze])
-    assert ampl.MAZES[maze] == layout.replace("\\", "/")
+    layout = getattr(d4rl, D4RL_LAYOUTS[maze])
+    assert "\\".join(ampl.MAZES[maze]) == layout
     with d4rl.point_maze(layout).asfile() as file:
         model = mujoco.MjModel.from_xml_path(file.name)
-    env, rng, touched = make(maze_id(maze)), np.random.default_rng(0), 0
-    reach, cells = np.array([0.42, 0.42, 6, 6]), np.argwhere(d4rl.parse_maze(layout) != d4rl.WALL)
-    for cell in rng.choice(cells, 400):
-        state, action = rng.uniform(-reach, reach), rng.uniform(-1, 1, 2).astype(np.float32)
-        state[:2] += cell - 0.2  # the middle of the cell; the walls are 0.4 away
-        data = mujoco.MjData(model)
-        data.qpos[:], data.qvel[:], data.ctrl[:] = state[:2], state[2:].clip(-5, 5), action
-        mujoco.mj_step(model, data)
-        touched += data.ncon > 0
+
+    env = make(maze_id(maze))
+    random = np.random.default_rng(0)
+    touched = 0
+    cells = np.argwhere(d4rl.parse_maze(layout) != d4rl.WALL)
+    reach = np.array([0.42, 0.42, 6, 6])  # the walls are 0.4 away; speeds end at 5
+    for cell in random.choice(cells, 400):
+        state = random.uniform(-reach, reach)
+        state[:2] += cell - 0.2  # the middle of the cell
+        action = random.uniform(-1, 1, 2).astype(np.float32)
+        expected, touches = d4rl_model_step(model, state, action)
+        touched += touches
         obs = step_from(env, state, action)[0]
-        assert obs == pytest.approx(np.concatenate([data.qpos, data.qvel]), abs=1e-5)
+        assert obs == pytest.approx(expected, abs=1e-5)
     assert touched > 40
 
 
 @pytest.mark.parametrize("velocity, paid", [(4.0, 0.0), (-4.0, 1.0)])
-@pytest.mark.parametrize("reward_type", ["", "dense-"])
-def test_reward_is_that_of_the_position_after_the_step(velocity, paid, reward_type):
+@pytest.mark.parametrize("dense", [False, True])
+def test_reward_is_that_of_the_position_after_the_step(velocity, paid, dense):
     """Across the border 0.5 from the goal (1, 1), 0.04 in a step. The goal ends nothing."""
+    env = make("maze2d-umaze-dense-v1" if dense else "maze2d-umaze-v1")
     start = [1.0, 1.5 - velocity / 200, 0.0, velocity]
-    step = step_from(make(f"maze2d-umaze-{reward_type}v1"), start, [0, 0])
-    expected = np.exp(1 - step[0][1]) if reward_type else paid
-    assert step[1] == pytest.approx(expected, abs=1e-6) and step[2:4] == (False, False)
+    obs, reward, terminated, truncated, _ = step_from(env, start, [0, 0])
+    distance = obs[1] - 1
+    expected = np.exp(-distance) if dense else paid
+    assert reward == pytest.approx(expected, abs=1e-6)
+    assert (terminated, truncated) == (False, False)
 
 
-@pytest.mark.parametrize("maze, goal, cells", [
-    ("umaze", (1, 1), 7), ("medium", (6, 6), 26), ("large", (7, 9), 46), ("open", (2, 3), 15),
-])  # fmt: skip
-def test_resets(maze, goal, cells):
-    """Anywhere open, the goal too; +-0.1 about the integers; speeds of deviation 0.1; by seed."""
+@pytest.mark.parametrize("maze", GOALS)
+def test_resets(maze):
+    """In any open cell, the goal's too; at most 0.1 from its middle; speeds of deviation 0.1."""
+    goal, num_cells = GOALS[maze]
     env = ampl.make_env(maze_id(maze))
-    obs = np.array([env.reset(seed=None if k else 1)[0] for k in range(1500)])
+    first = env.reset(seed=1)[0]
+    obs = np.array([first] + [env.reset()[0] for _ in range(1499)])
     places = np.round(obs[:, :2])
-    assert len(np.unique(places, axis=0)) == cells and (places == goal).all(1).any()
+    assert len(np.unique(places, axis=0)) == num_cells
     assert tuple(env.get_wrapper_attr("goal")) == goal
+    assert (places == goal).all(1).any()
     assert 0.099 < np.abs(obs[:, :2] - places).max() <= 0.1
     assert obs[:, 2:].std() == pytest.approx(0.1, rel=0.06)
-    assert np.array_equal(env.reset(seed=1)[0], obs[0])
+    assert np.array_equal(env.reset(seed=1)[0], first)
+
+
+TIME_LIMITS = {
+    "maze2d-open-v0": 150,
+    "maze2d-umaze-v1": 300,
+    "maze2d-medium-dense-v1": 600,
+    "maze2d-eval-large-v1": 800,
+    "hopper-medium-v2": 1000,
+    "pen-human-v1": 100,
+    "door-expert-v1": 200,
+}
+
+
+@pytest.mark.parametrize("env_id", TIME_LIMITS)
+def test_time_limits(env_id):
+    """D4RL's, which differ from its successors'."""
+    assert ampl.make_env(env_id).get_wrapper_attr("_max_episode_steps") == TIME_LIMITS[env_id]
 
 
 # --- D4RL's semantics ---
 
 
 def d4rl_step(family, sim):
-    """Reward and end that the `step` of D4RL's own Adroit task gives in our simulator's state."""
+    """Reward and end that the `step` of D4RL's own Adroit task gives in our simulator's state.
+
+    `task` stands for D4RL's environment: it has what that method reads, and simulates nothing.
+    """
     text = (D4RL / f"hand_manipulation_suite/{family}_v0.py").read_text()
     method = "def step" + text.split("    def step")[1].split("    def get_obs")[0]
     step = run_source(method, np=np, ADD_BONUS_REWARDS=True).step
-    data, kinds = sim.data, dict(site=mujoco.mjtObj.mjOBJ_SITE, body=mujoco.mjtObj.mjOBJ_BODY)
-    places = dict(site_xpos=data.site_xpos, body_xpos=data.xpos, qpos=data.qpos, qvel=data.qvel)
-    self = types.SimpleNamespace(data=types.SimpleNamespace(**places), act_mid=0, act_rng=1)
-    self.frame_skip, self.do_simulation, self.get_obs = 5, lambda *_: None, lambda: None
-    numbers = re.findall(r"self\.(\w+) = .*model\.(site|body)_name2id\(.(\w+)", text)
-    for name, kind, label in numbers:
-        setattr(self, name, mujoco.mj_name2id(sim.model, kinds[kind], label))
+
+    def do_nothing(*args):
+        pass
+
+    data = sim.data
+    task = types.SimpleNamespace()
+    task.data = types.SimpleNamespace(
+        site_xpos=data.site_xpos, body_xpos=data.xpos, qpos=data.qpos, qvel=data.qvel
+    )
+    task.act_mid = 0
+    task.act_rng = 1
+    task.frame_skip = 5
+    task.do_simulation = do_nothing
+    task.get_obs = do_nothing
+
+    # The numbers of bodies and sites, by the names that D4RL looks up.
+    kinds = {"site": mujoco.mjtObj.mjOBJ_SITE, "body": mujoco.mjtObj.mjOBJ_BODY}
+    look_ups = re.findall(r"self\.(\w+) = .*model\.(site|body)_name2id\(.(\w+)", text)
+    for attribute, kind, label in look_ups:
+        setattr(task, attribute, mujoco.mj_name2id(sim.model, kinds[kind], label))
     if family == "pen":
-        norm = lambda a, b: np.linalg.norm(data.site_xpos[a] - data.site_xpos[b])
-        self.pen_length = norm(self.obj_t_sid, self.obj_b_sid)
-        self.tar_length = norm(self.tar_t_sid, self.tar_b_sid)
+        sites = data.site_xpos
+        task.pen_length = np.linalg.norm(sites[task.obj_t_sid] - sites[task.obj_b_sid])
+        task.tar_length = np.linalg.norm(sites[task.tar_t_sid] - sites[task.tar_b_sid])
     if family == "door":
-        self.door_hinge_did = sim.model.joint("door_hinge").dofadr[0]
-    return step(self, np.zeros(1))[1:3]
+        task.door_hinge_did = sim.model.joint("door_hinge").dofadr[0]
+    _, reward, done, _ = step(task, np.zeros(1))
+    return reward, done
 
 
 @pytest.mark.parametrize("family", ["pen", "door", "hammer", "relocate"])
 def test_adroit_rewards_and_ends_are_d4rls(family):
     """In gymnasium-robotics it pays to stay away from the object, and a drop ends nothing."""
-    env, rng, ends = make(f"{family}-human-v1"), np.random.default_rng(0), 0
+    env = make(f"{family}-human-v1")
+    random = np.random.default_rng(0)
+    ends = 0
     for _ in range(600 if family == "pen" else 60):
-        _, reward, terminated, truncated, _ = env.step(rng.uniform(-1, 1, env.action_space.shape))
+        action = random.uniform(-1, 1, env.action_space.shape)
+        _, reward, terminated, truncated, _ = env.step(action)
         expected, done = d4rl_step(family, env.unwrapped)
-        assert reward == pytest.approx(expected, abs=1e-6) and terminated == done
+        assert reward == pytest.approx(expected, abs=1e-6)
+        assert terminated == done
         ends += terminated
         if terminated or truncated:
             env.reset()
-    assert (ends > 2) == (family == "pen")
+    if family == "pen":
+        assert ends > 2
+    else:
+        assert ends == 0
 
 
 def test_the_time_limit_wins_over_a_drop_in_the_same_step():
     env = make("pen-human-v1")
     for step in range(100):
-        if step == 99:
+        is_last = step == 99
+        if is_last:
             env.unwrapped.data.qpos[-6] += 0.3  # m; the pen's own x axis points down
-        obs, reward, *ended = env.step(np.zeros(24))[:4]
-        assert ended == [False, step == 99]
-    assert obs[26] < 0.075 and reward < -4
+        obs, reward, terminated, truncated, _ = env.step(np.zeros(24))
+        assert not terminated
+        assert truncated == is_last
+    assert obs[26] < 0.075
+    assert reward < -4
 
 
-# --- other environments, scores, evaluation ---
+@pytest.mark.parametrize("env_id", ["hopper-medium-v2", "walker2d-medium-v2", "pen-human-v1"])
+def test_the_rule_of_ending_is_the_simulators(env_id):
+    """`known_termination` says of every state what the simulator says, over some episodes."""
+    env = make(env_id)
+    random = np.random.default_rng(0)
+    ends = 0
+    for _ in range(600):
+        action = random.uniform(-1, 1, env.action_space.shape)
+        obs, _, terminated, truncated, _ = env.step(action)
+        state = torch.as_tensor(obs, dtype=torch.float32)
+        if not truncated:
+            assert ampl.known_termination(env_id, state).item() == terminated
+        ends += terminated
+        if terminated or truncated:
+            env.reset()
+    assert ends > 2
+
+
+def test_scores():
+    """D4RL's references of two tasks; what has none scores its return."""
+    # maze2d-umaze: 23.85 is 0, 161.86 is 100, and 92.855 is half-way.
+    scores = ampl.d4rl_score("maze2d-umaze-v1", np.array([23.85, 161.86, 92.855]))
+    assert scores.tolist() == pytest.approx([0, 100, 50])
+    assert ampl.d4rl_score("hopper-medium-v2", 3234.3) == pytest.approx(100)
+    assert ampl.d4rl_score("hopper-medium-v2", -20.272305) == pytest.approx(0)
+    assert ampl.d4rl_score("Pendulum-v1", -150.0) == -150
+
+
+# --- other environments ---
 
 
 class Slots(gymnasium.Env):
-    """Episodes of 1 + seed % 5 steps, worth 1 each, ended in both ways; autoresets are poison."""
+    """Episodes of 1 + seed % 5 steps, worth 1 each. A reset without a seed is worth a million.
 
-    observation_space, action_space = (gymnasium.spaces.Box(-1, 1, (n,)) for n in (3, 2))
+    So a score that counts what comes after an episode's end is far from what it should be. Every
+    other length ends by `terminated`, the rest by `truncated`.
+    """
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (3,))
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
 
     def reset(self, *, seed=None, options=None):
-        self.left, self.value = (1 + seed % 5, 1.0) if seed is not None else (1, 1e6)
+        if seed is None:
+            self.length = 1
+            self.value = 1e6
+        else:
+            self.length = 1 + seed % 5
+            self.value = 1.0
+        self.left = self.length
         return np.zeros(3, np.float32), {}
 
     def step(self, action):
         self.left -= 1
         ended = self.left <= 0
-        return np.zeros(3, np.float32), self.value, ended and self.value > 1, ended, {}
+        terminated = ended and self.length % 2 == 0
+        return np.zeros(3, np.float32), self.value, terminated, ended and not terminated, {}
 
 
 gymnasium.register("Slots-v0", Slots)
 
 
-def actor(act, learners=1):
-    """Stands for a method."""
-    return types.SimpleNamespace(act=act, device=torch.device("cpu"), learners=learners)
-
-
-def random_actor(env_id, learners=1):
-    rng, width = np.random.default_rng(0), make(env_id).action_space.shape
-    return actor(lambda obs: rng.uniform(-1, 1, (*obs.shape[:2], *width)), learners)
-
-
 def test_gymnasium_ids_take_actions_in_the_unit_box():
     """Pendulum's torque reaches from -2 to 2; an environment without a time limit gets 1000."""
-    env, plain = make("Pendulum-v1"), gymnasium.make("Pendulum-v1")
+    env = make("Pendulum-v1")
+    plain = gymnasium.make("Pendulum-v1")
     plain.reset(seed=0)
     for action in np.array([[1.0], [-0.25], [0.5]], np.float32):
         assert env.step(action)[1] == pytest.approx(plain.step(2 * action)[1])
@@ -185,32 +290,106 @@ def test_gymnasium_ids_take_actions_in_the_unit_box():
     assert make("math:Slots-v0").get_wrapper_attr("_max_episode_steps") == 1000
 
 
-@pytest.mark.parametrize("env_id, episodes, largest", [
-    (maze_id("umaze"), 40, 8.0), ("pen-human-v1", 30, 2.5), ("door-human-v1", 4, 0.05),
-])  # fmt: skip
+REFUSED = {
+    "Hoper-v4": "did you mean .*Hopper-v4",
+    "antmaze-umaze-v0": "antmaze tasks have no simulator here",
+    "CartPole-v1": "continuous actions",
+}
+
+
+@pytest.mark.parametrize("env_id", REFUSED)
+def test_environments_that_do_not_work(env_id):
+    """In one sentence."""
+    with pytest.raises(SystemExit) as stop:
+        ampl.make_env(env_id)
+    assert "\n" not in stop.value.code
+    assert re.search(REFUSED[env_id], stop.value.code)
+
+
+# --- evaluation ---
+
+
+class Actor:
+    """Stands for a method: `rule` takes observations [n, S] to actions [n, A]."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, rule):
+        self.act = rule
+
+
+def random_actor(env_id):
+    random = np.random.default_rng(0)
+    shape = make(env_id).action_space.shape
+
+    def rule(obs):
+        return random.uniform(-1, 1, (len(obs), *shape))
+
+    return Actor(rule)
+
+
+RANDOM_SCORES = [
+    # task, episodes, largest standard error
+    ("maze2d-umaze-v1", 40, 8.0),
+    ("pen-human-v1", 30, 2.5),
+    ("door-human-v1", 4, 0.05),
+]
+
+
+@pytest.mark.parametrize("env_id, episodes, largest", RANDOM_SCORES)
 def test_random_policies_score_about_zero(env_id, episodes, largest):
     """D4RL's minimum scores are random returns; ours within 4 standard errors, which are small."""
-    args = ampl.Args(env_id, eval_episodes=episodes)
+    args = ampl.Args(env_id=env_id, eval_episodes=episodes)
     scores = ampl.evaluate(random_actor(env_id), args, episodes, 0)
     error = scores.std(ddof=1) / np.sqrt(episodes)
-    assert abs(scores.mean()) < 4 * error and 0 < error < largest
+    assert abs(scores.mean()) < 4 * error
+    assert 0 < error < largest
 
 
-def test_an_evaluation_has_one_episode_per_slot():
+def test_an_evaluation_has_one_episode_in_each_environment():
     """Whoever is done early waits: counting what ends first would favour short episodes."""
-    args = ampl.Args("Slots-v0", seed=3, eval_episodes=4)
-    scores = ampl.evaluate(random_actor("Slots-v0", 2), args, 6, 0)  # one round and a half
-    first = 3 * 10**10 + np.arange(8).reshape(2, 4)  # in the second round 4000 more
-    assert scores.tolist() == (1 + np.hstack([first, (first + 4000)[:, :2]]) % 5).tolist()
+    args = ampl.Args(env_id="Slots-v0", seed=3, eval_episodes=4)
+    scores = ampl.evaluate(random_actor("Slots-v0"), args, 6, 7)  # one round and a half
+    first = 3 * 10**10 + 7000  # seed and number of the evaluation
+    seeds = [first, first + 1, first + 2, first + 3, first + 4000, first + 4001]
+    assert scores.tolist() == [1 + seed % 5 for seed in seeds]
+    assert len(set(scores)) > 1
+
+
+def test_an_evaluation_leaves_the_training_alone():
+    """Torch's random numbers go on as if there had been none, and its own depend on the seed."""
+    seen = []
+
+    def rule(obs):
+        seen.append(torch.rand(1).item())
+        return np.zeros((len(obs), 2))
+
+    torch.manual_seed(4)
+    expected = torch.rand(3)
+    for seed in (0, 0, 1):
+        args = ampl.Args(env_id="Slots-v0", seed=seed, eval_episodes=1)
+        torch.manual_seed(4)
+        ampl.evaluate(Actor(rule), args, 1, 0)
+        assert torch.equal(torch.rand(3), expected)
+    assert seen[0] == seen[1]
+    assert seen[0] != seen[2]
+
+
+def hop(obs):
+    """A rule for the hopper that ends some episodes early."""
+    return np.tanh(obs[:, :3] * 5 - 1)
 
 
 def test_processes_give_the_same_returns():
-    """--async-envs, with two learners; other evaluations and other seeds start elsewhere."""
-    env_id, rule = "hopper-medium-v2", lambda obs: np.tanh(obs[..., :3] * 5 - 1)
-    method, args = actor(rule, 2), [ampl.Args(env_id, seed, eval_episodes=2) for seed in (0, 1)]
-    one, *others = (ampl.evaluate(method, args[i], 4, k) for i, k in ((0, 7), (0, 8), (1, 7)))
-    args[0].async_envs = True
-    assert np.array_equal(one, ampl.evaluate(method, args[0], 4, 7))
-    assert len(np.unique([one, *others])) == 24
-    ampl.vector_env(env_id, 4, True).close()
+    """--async-envs; other evaluations and other seeds start elsewhere."""
+    method = Actor(hop)
+    args = ampl.Args(env_id="hopper-medium-v2", eval_episodes=2)
+    one = ampl.evaluate(method, args, 4, 7)
+    next_evaluation = ampl.evaluate(method, args, 4, 8)
+    other_args = ampl.Args(env_id="hopper-medium-v2", seed=1, eval_episodes=2)
+    other_seed = ampl.evaluate(method, other_args, 4, 7)
+    assert len(np.unique([one, next_evaluation, other_seed])) == 12
+    args.async_envs = True
+    assert np.array_equal(one, ampl.evaluate(method, args, 4, 7))
+    ampl.vector_env("hopper-medium-v2", 2, True).close()
     ampl.vector_env.cache_clear()
