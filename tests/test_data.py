@@ -203,7 +203,7 @@ def minari_episode(first, steps, terminated):
     return {
         "observations": np.repeat(observations[:, None], 4, 1),
         "actions": np.full((steps, 2), first / 100),
-        "rewards": np.ones(steps),
+        "rewards": np.arange(first, first + steps),
         "terminations": is_last if terminated else never,
         "truncations": never if terminated else is_last,
     }
@@ -293,6 +293,11 @@ REFUSED = {
     "an action outside": ({"actions": np.full((11, 2), 1.1)}, "row 0 leaves the action space"),
     "text": ({"rewards": np.array(11 * [b"one"])}, "no D4RL file"),
     "no episode that ends": ({"terminals": np.zeros(11), "timeouts": np.zeros(11)}, "two episodes"),
+    "equal rewards": ({"rewards": np.ones(11)}, "all rewards .*equal"),
+    "equal rewards but where s' is unknown": (
+        {"rewards": np.isin(np.arange(11), (2, 8))},
+        "all rewards .*equal",
+    ),
     "time limits only": ({"timeouts": np.ones(11)}, "four rows not at a limit"),
 }
 

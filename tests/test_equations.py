@@ -453,12 +453,6 @@ def test_set_data():
     assert method.rows_with_next.tolist() == [row for row in range(40) if row % 10 != 9]
 
 
-def test_equal_rewards_are_refused():
-    dataset = random_dataset(40, 3, 2) | {"reward": torch.ones(40)}
-    with pytest.raises(SystemExit, match="all rewards"):
-        build_ampl().set_data(dataset)
-
-
 def test_end_outside_data():
     """Limits from s and s' and from the scaled rewards; a value on its limit is inside."""
     method = build_ampl()
