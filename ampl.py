@@ -485,7 +485,7 @@ def real_rows(iteration: int, args: Args) -> int:
 
 
 def conservative_target(batch: Batch, q_next: Tensor, args: Args) -> Tensor:
-    """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j) -> [B]; q_next [2, B] has Q'_j at (s', a')."""
+    """r + gamma (c min_j Q'_j + (1 - c) max_j Q'_j) -> [B]; q_next [critics, B] is at (s', a')."""
     c = args.q_min_weight
     q = c * q_next.amin(0) + (1 - c) * q_next.amax(0)
     # Paper: just that. Code: q counts as 0 after a terminal state and where |q| >= q_bound.
@@ -494,7 +494,7 @@ def conservative_target(batch: Batch, q_next: Tensor, args: Args) -> Tensor:
 
 
 def critic_loss(q: Tensor, target: Tensor, delta: float) -> Tensor:
-    """The sum of the Huber losses of all critics: q [2, B], target [B]."""
+    """The sum of the Huber losses of all critics: q [critics, B], target [B]."""
     # Paper: Huber. Code: with a threshold so large that it is half the squared error.
     return sum(F.huber_loss(q_j, target, delta=delta) for q_j in q)  # Eq. (13)
 
@@ -607,15 +607,17 @@ class AMPL(nn.Module):
     they never wait for a tensor's value and hold no `if` on what changes between calls. The two
     flags of `iterate` are the exception: it gets one graph per combination.
 
-    Variants of the method, such as the paper's ablations, derive from this class.
+    Variants of the method, such as the paper's ablations, derive from this class. What their steps
+    change must be a parameter or a buffer, and what they draw must come from torch: a CUDA graph
+    freezes all else, and --resume does not restore it.
     """
 
     Model = ModelEnsemble
     Policy = ImplicitPolicy
-    Critic = TwinCritic
+    Critic = TwinCritic  # gives [critics, B], with any number of critics; q1_only serves omega
     Discriminator = Discriminator
     Omega = OmegaNetwork
-    acting = ("actor", "critic")  # what `act` uses, and policy.pt in the run's folder holds
+    acting = ("actor", "critic")  # all networks that `act` uses; policy.pt holds these alone
 
     def __init__(self, args: Args, obs_dim: int, action_dim: int, device: torch.device):
         super().__init__()
@@ -659,7 +661,7 @@ class AMPL(nn.Module):
         self.model_optimizer = self.adam(groups, args.model_lr)
 
     def build(self, name: str, network: type, **options) -> nn.Module:
-        """A network whose first weights depend on nothing but the seed and its name."""
+        """A network whose first weights depend on nothing but the seed and its (own) name."""
         reseed(self.args.seed, name)
         return network(self.obs_dim, self.action_dim, self.args, **options).to(self.device)
 
@@ -678,8 +680,6 @@ class AMPL(nn.Module):
         obs = dataset["obs"]
         next_obs = dataset["next_obs"]
         terminated = dataset["terminated"].float()
-        if dataset["reward"].min() == dataset["reward"].max():
-            sys.exit("all rewards of the dataset are equal, so there is nothing to learn")
         reward = scale_rewards(dataset["reward"])
         fields = [obs, dataset["action"], reward[:, None], next_obs, terminated[:, None]]
         self.data = torch.cat(fields, -1).to(self.device)  # D_env, [N, S + A + 1 + S + 1]
@@ -692,7 +692,7 @@ class AMPL(nn.Module):
         self.rows_with_next = has_next.nonzero().squeeze(-1).to(self.device)  # row numbers
         lost = int((~has_next).sum())
         if lost:
-            print(f"note: s' of {lost} terminals is not stored: the model is not fitted to them")
+            print(f"note: s' of {lost} terminals is not stored: the model never sees their rewards")
 
         # A prediction beyond these is outside the data: twice the largest |obs| of each dimension,
         # and the largest reward plus 10 standard deviations.
@@ -1237,19 +1237,27 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
 
 
 def task_args(env_id: str, settings: type = Args, **flags) -> Args:
-    """Settings of a task: `flags`, else a derived class's own, else PAPER's, else `Args`'s."""
+    """Settings of a task: `flags`, else a derived class's own, else PAPER's, else `Args`'s.
+
+    A derived class's own defaults are those that differ from `Args`'s.
+    """
     chosen = {"env_id": env_id}
-    for name, value in zip(PAPER_FLAGS, PAPER.get(env_id, ())):
-        if getattr(settings, name) == getattr(Args, name):  # no default of the derived class's own
-            chosen[name] = value
+    if env_id in PAPER:
+        for name, value in zip(PAPER_FLAGS, PAPER[env_id], strict=True):
+            if getattr(settings, name) == getattr(Args, name):
+                chosen[name] = value
     chosen.update(flags)
     return settings(**chosen)
 
 
 def check_ranges(args: Args) -> None:
-    """Stop where a number is outside the range that its type names. Raises SystemExit."""
+    """Stop where a setting is none of the values that its type names. Raises SystemExit."""
+    check_fields(args)
     for name, kind in get_type_hints(type(args), include_extras=True).items():
         value = getattr(args, name)
+        flag = "--" + name.replace("_", "-")
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            sys.exit(f"{flag} is {value!r}, but must be one of {get_args(kind)}")
         if get_origin(kind) is tuple:  # of numbers, which all have the type of the first
             kind = get_args(kind)[0]
             values = value
@@ -1258,7 +1266,7 @@ def check_ranges(args: Args) -> None:
         limits = [extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Range)]
         for limit in limits:
             for number in values:
-                check_number("--" + name.replace("_", "-"), number, kind.__origin__, limit)
+                check_number(flag, number, kind.__origin__, limit)
 
 
 def check_number(flag: str, number: float, kind: type, limit: Range) -> None:
@@ -1278,11 +1286,22 @@ def check_number(flag: str, number: float, kind: type, limit: Range) -> None:
         sys.exit(f"{flag} is {number}, but must be {least} {limit.low:g}{most}")
 
 
+def check_fields(args: Args) -> None:
+    """Stop where a derived class of settings changed a default in vain. Raises SystemExit."""
+    kind = type(args)
+    for field in dataclasses.fields(kind):
+        if getattr(kind, field.name, field.default) != field.default:
+            advice = f"put @dataclasses.dataclass above {kind.__name__} and a type behind the name"
+            sys.exit(f"the default of {field.name} in {kind.__name__} has no effect: {advice}")
+
+
 def note_changes(args: Args) -> None:
     """Say in which settings of `PAPER` the run differs from the task's row."""
     changes = []
-    for name, value in zip(PAPER_FLAGS, PAPER.get(args.env_id, ())):
-        if getattr(args, name) != value:
+    row = task_args(args.env_id)
+    for name in PAPER_FLAGS:
+        value = getattr(row, name)
+        if args.env_id in PAPER and getattr(args, name) != value:
             changes.append(f"{name} is {getattr(args, name)} and not {value}")
     if changes:
         print(f"note: unlike PAPER's row of {args.env_id}, " + ", ".join(changes))
@@ -1332,8 +1351,8 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
             raw = read_hdf5(path)
             content = path.read_bytes()
         else:
-            raw = dict(arrays)
-            content = b"".join(np.ascontiguousarray(raw[key]).tobytes() for key in sorted(raw))
+            raw = {key: np.asarray(arrays[key]) for key in D4RL_KEYS if key in arrays}
+            content = b"".join(array.tobytes() for array in raw.values())
         check_arrays(path, raw, env)
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
@@ -1345,7 +1364,21 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
         "rows": len(raw["rewards"]),
         "data_score": describe(path, raw, args.env_id),
     }
-    return to_transitions(raw) | {"source": source}
+    data = to_transitions(raw)
+    reward = data["reward"][data["has_next"]]
+    if reward.min() == reward.max():
+        sys.exit(f"{path}: all rewards whose s' is stored are equal: there is nothing to learn")
+    return data | {"source": source}
+
+
+D4RL_KEYS = (
+    "observations",
+    "next_observations",
+    "actions",
+    "rewards",
+    "terminals",
+    "timeouts",
+)
 
 
 # ----- find -----
@@ -1468,6 +1501,7 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
         raw["timeouts"] = raw["timeouts"].astype(bool).reshape(size)
     else:
         limit = env.get_wrapper_attr("_max_episode_steps")
+        print(f"note: {path} has no timeouts: an episode is taken to end after {limit} steps")
         raw["timeouts"] = timeouts_by_counting(raw["terminals"], limit)
 
 
@@ -1514,7 +1548,7 @@ def describe(path: Path, raw: dict[str, np.ndarray], env_id: str) -> float:
     episodes = np.split(raw["rewards"], ends + 1)[:-1]
     returns = np.array([rewards.sum(dtype=np.float64) for rewards in episodes])
     score = float(d4rl_score(env_id, returns).mean())
-    if raw["terminals"].any() and family_of(env_id) not in ENDS:
+    if raw["terminals"].any() and not {env_id, family_of(env_id)} & ENDS.keys():
         print("note: this task's rule of ending is unknown: rollouts end only far outside the data")
     size = len(raw["rewards"])
     print(f"{path}: {size} rows, {len(returns)} whole episodes with a mean score of {score:.1f}")
@@ -1709,8 +1743,9 @@ def pen_ends(next_obs: Tensor) -> Tensor:
     return next_obs[..., 26] < PEN_DROPPED
 
 
-# The rule of ending by family: next observations [..., S] -> bool [...]. Tasks of other families
-# never end before their time limit: of D4RL's, halfcheetah, maze2d and the rest of Adroit.
+# The rule of ending by id, or by family: next observations [..., S] -> bool [...]. Other tasks
+# never end before their time limit: of D4RL's, halfcheetah, maze2d and the rest of Adroit. A rule
+# is recorded in a CUDA graph, so it makes no tensors of numbers (torch.tensor).
 ENDS = {
     "hopper": hopper_ends,
     "walker2d": walker2d_ends,
@@ -1721,9 +1756,9 @@ ENDS = {
 
 def known_termination(env_id: str, next_obs: Tensor) -> Tensor:
     """Whether the task ends at these states, by its own rule: [..., S] -> bool [...]."""
-    family = family_of(env_id)
-    if family in ENDS:
-        return ENDS[family](next_obs)
+    rule = ENDS.get(env_id) or ENDS.get(family_of(env_id))
+    if rule is not None:
+        return rule(next_obs)
     return torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
 
 
@@ -2135,6 +2170,8 @@ class Run:
         name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         if args.resume:
             self.folder = Path(args.resume)
+            saved = dataclasses.replace(load_args(args.resume, type(args)), resume=args.resume)
+            refuse_new_flags("--resume", args, saved, ("run_dir", *NEW_WITH_RESUME))
             self.load_checkpoint()
         else:
             self.folder = Path(args.run_dir).expanduser() / name.replace("/", "-")
@@ -2162,6 +2199,7 @@ class Run:
         self.phase_points = 0  # how often that phase has reported
         check_optimizers(method)
         note_changes(args)
+        vector_env.cache_clear()  # a notebook may have changed the task since the last run
         self.bar.write(f"this run writes to {self.folder}")
 
     def log(self, phase: str, logs: dict[str, Tensor | float], point: int = 0) -> None:
@@ -2200,7 +2238,7 @@ class Run:
         self.end_phase()
         self.iteration += 1
         if self.iteration == self.first_iteration + 1:
-            check_gradients(self.method)
+            note_idle_parameters(self.method)
         last_score = f"score {self.curve[-1][1]:.1f}" if self.curve else ""
         self.bar.move_to(self.iteration, last_score)
 
@@ -2251,11 +2289,12 @@ class Run:
         method = self.method
         device = method.device.type
         with loading(self.folder / "checkpoint.pt", method.device) as saved:
-            same_method = saved["kind"] == type(method).__name__
-            if not same_method or saved["sha256"] != self.source["sha256"]:
-                raise ValueError(f"a run of {saved['kind']} on {saved['dataset']} as it was")
+            refuse_another_class(self.folder, saved["kind"], method)
+            if saved["sha256"] != self.source["sha256"]:
+                sys.exit(f"{self.folder} is a run on other data, {saved['dataset']} as it was")
             if saved["iteration"] > self.args.total_iterations:
-                raise ValueError(f"it is at {saved['iteration']}: raise --total-iterations")
+                done = saved["iteration"]
+                sys.exit(f"{self.folder} has done {done} iterations: raise --total-iterations")
             method.load_state_dict(saved["method"])
             for name, optimizer in optimizers_of(method):
                 load_optimizer(optimizer, saved["optimizers"][name])
@@ -2291,6 +2330,7 @@ class Run:
         packages = (torch, np, gymnasium, mujoco)
         result = {
             "algo": self.algo,
+            "kind": type(self.method).__name__,
             "env_id": args.env_id,
             **self.source,
             "curve": self.curve,
@@ -2366,7 +2406,14 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def check_optimizers(method: nn.Module) -> None:
-    """Stop if a parameter that takes a gradient has no optimizer, and so would never move."""
+    """Stop if a parameter that takes a gradient has no optimizer, or if torch cannot find it."""
+    for name, module in method.named_modules():
+        for attribute, value in vars(module).items():
+            if attribute.startswith("_") or not isinstance(value, (list, tuple)):
+                continue
+            if any(isinstance(entry, (nn.Module, nn.Parameter)) for entry in value):
+                place = f"{name}.{attribute}".lstrip(".")
+                sys.exit(f"{place} hides networks from torch: make it an nn.ModuleList")
     moved = set()
     for _, optimizer in optimizers_of(method):
         moved.update(parameters_of(optimizer))
@@ -2375,8 +2422,8 @@ def check_optimizers(method: nn.Module) -> None:
             sys.exit(f"no optimizer moves {name}: add it to one, or let it require no gradient")
 
 
-def check_gradients(method: nn.Module) -> None:
-    """Stop if an optimizer has moved some of its parameters and no loss reaches the others."""
+def note_idle_parameters(method: nn.Module) -> None:
+    """Say if an optimizer has moved some of its parameters and no loss has reached the others."""
     names = {parameter: name for name, parameter in method.named_parameters()}
     for optimizer_name, optimizer in optimizers_of(method):
         parameters = parameters_of(optimizer)
@@ -2386,7 +2433,7 @@ def check_gradients(method: nn.Module) -> None:
                 idle.append(parameter)
         if idle and len(idle) < len(parameters):
             name = names.get(idle[0], "a parameter outside the method")
-            sys.exit(f"no loss reaches {name}, which {optimizer_name} should move")
+            print(f"note: no loss has reached {name} so far, which {optimizer_name} should move")
 
 
 # ----- files -----
@@ -2455,14 +2502,19 @@ def load_model(method: nn.Module, run: Path) -> None:
         method.choose_elites(saved["error"])
 
 
+def refuse_another_class(run: str | Path, kind: str, method: nn.Module) -> None:
+    """Stop if a run was made by another class than that of `method`. Raises SystemExit."""
+    if kind != type(method).__name__:
+        sys.exit(f"{run} is a run of {kind}, not of {type(method).__name__}")
+
+
 def load_policy(run: str, settings: type = Args, method: type = AMPL) -> nn.Module:
     """A method that acts as the policy of a saved run did, on the CPU. Raises SystemExit."""
     args = load_args(run, settings)
     with loading(Path(run) / "policy.pt") as saved:
         obs_dim, action_dim = saved["sizes"]
         policy = method(args, obs_dim, action_dim, torch.device("cpu"))
-        if saved["kind"] != method.__name__:
-            raise ValueError(f"the policy of {saved['kind']}, not of {method.__name__}")
+        refuse_another_class(run, saved["kind"], policy)
         for name in policy.acting:
             getattr(policy, name).load_state_dict(saved["policy"][name])
     return policy

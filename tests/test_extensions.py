@@ -356,7 +356,7 @@ def test_a_network_without_an_optimizer(tmp_path):
         train_small(tmp_path, Forgotten)
 
 
-def test_a_critic_that_no_loss_reaches(tmp_path):
+def test_a_critic_that_no_loss_reaches(tmp_path, capsys):
     """The third critic has an optimizer, but the loss takes only the first two."""
 
     class Three(TenCritics):
@@ -366,8 +366,29 @@ def test_a_critic_that_no_loss_reaches(tmp_path):
     class Unreached(REDQ):
         Critic = Three
 
-    with pytest.raises(SystemExit, match="no loss reaches critic.critics.2.0.weight"):
-        train_small(tmp_path, Unreached, TenCriticsArgs)
+    train_small(tmp_path, Unreached, TenCriticsArgs)
+    sentence = "note: no loss has reached critic.critics.2.0.weight so far, which critic_optimizer"
+    assert sentence in capsys.readouterr().out
+
+
+def test_nothing_is_said_of_a_network_that_moves(tmp_path, capsys):
+    train_small(tmp_path, REDQ, TenCriticsArgs)
+    assert "no loss has reached" not in capsys.readouterr().out
+
+
+def test_critics_in_a_list(tmp_path):
+    """torch would neither move nor save them."""
+
+    class Listed(ampl.TwinCritic):
+        def __init__(self, obs_dim, action_dim, args):
+            super().__init__(obs_dim, action_dim, args)
+            self.more = [ampl.mlp(obs_dim + action_dim, args.hidden, 1)]
+
+    class Hidden(ampl.AMPL):
+        Critic = Listed
+
+    with pytest.raises(SystemExit, match="critic.more hides networks from torch"):
+        train_small(tmp_path, Hidden)
 
 
 def test_a_network_that_only_the_actors_optimizer_moves(tmp_path):
@@ -411,17 +432,52 @@ def test_a_derived_default_is_kept():
     assert ampl.task_args("pen-human-v1", Long).noise_dim == 1
 
 
+def test_a_default_that_has_no_effect():
+    """Without @dataclass, or without a type, a new default changes nothing."""
+
+    class Undecorated(ampl.Args):
+        gamma: ampl.Share = 0.9
+
+    @dataclasses.dataclass
+    class Untyped(ampl.Args):
+        gamma = 0.9
+
+    for settings in (Undecorated, Untyped):
+        with pytest.raises(SystemExit, match=f"gamma in {settings.__name__} has no effect"):
+            ampl.check_args(settings())
+
+
+def test_resume_takes_the_runs_settings(tmp_path):
+    """Also where `train` is called with others, not only on the command line."""
+    folder = train_small(tmp_path, ampl.AMPL)["folder"]
+    with pytest.raises(SystemExit, match="--resume takes --gamma from the run"):
+        train_small(tmp_path, ampl.AMPL, resume=folder, gamma=0.5)
+
+
+def test_a_goal_whose_reward_is_never_seen(tmp_path, capsys):
+    """Without next_observations the reward at terminals is lost, and here it is the only one."""
+    arrays = arrays_of("hopper-medium-v2", 200)
+    arrays["rewards"] = arrays["terminals"].astype(np.float32)
+    args = ampl.task_args("hopper-medium-v2", **(SMALL | {"run_dir": str(tmp_path)}))
+    ampl.train(args, arrays=arrays)
+    del arrays["next_observations"]
+    with pytest.raises(SystemExit, match="all rewards whose s' is stored are equal"):
+        ampl.train(args, arrays=arrays)
+
+
 def test_args_are_checked_in_a_notebook_too(tmp_path):
     with pytest.raises(SystemExit, match="--gamma is 2.0, but must be at least 0 and at most 1"):
         train_small(tmp_path, ampl.AMPL, gamma=2.0)
+    with pytest.raises(SystemExit, match="--initial-states is 'data-set', but must be one of"):
+        train_small(tmp_path, ampl.AMPL, initial_states="data-set")
 
 
 def test_another_class_is_refused(tmp_path):
     """Neither --resume nor load_policy takes the run of another class."""
     folder = train_small(tmp_path, Mine)["folder"]
-    with pytest.raises(SystemExit, match="the policy of Mine, not of AMPL"):
+    with pytest.raises(SystemExit, match="is a run of Mine, not of AMPL"):
         ampl.load_policy(folder)
-    with pytest.raises(SystemExit, match="a run of Mine"):
+    with pytest.raises(SystemExit, match="is a run of Mine, not of AMPL"):
         train_small(tmp_path, ampl.AMPL, resume=folder)
 
 

@@ -543,7 +543,7 @@ DATASETS = {
     "endless": ({"timeouts": np.zeros(300)}, "at least two episodes"),
     "limits": ({"timeouts": np.ones(300)}, "four rows not at a limit"),
     "scalar": ({"rewards": 1.0}, "scalar.hdf5"),
-    "constant": ({"rewards": np.ones(300)}, "all rewards .* equal"),
+    "constant": ({"rewards": np.ones(300)}, "all rewards .* are equal"),
 }
 
 
@@ -579,12 +579,12 @@ MISTAKES = [
     ("--resume {fresh}", "there is no {fresh}/checkpoint.pt"),
     ("--resume {damaged}", "checkpoint.pt is damaged"),
     ("--resume {pickled}", "checkpoint.pt is damaged .*Weights only load failed"),
-    ("--resume {mopos}", "a run of MOPO on .* as it was"),
+    ("--resume {mopos}", "is a run of MOPO, not of AMPL"),
     ("--resume {foreign}", "args.json is damaged or of another setting"),
     ("--resume {resized}", "checkpoint.pt is damaged or of another setting"),
     ("--resume {good} --gamma 0.9", "--resume takes --gamma from the run"),
-    ("--resume {changed}", "a run of AMPL on .* as it was"),
-    ("--resume {good} --total-iterations 12", "it is at 24: raise --total-iterations"),
+    ("--resume {changed}", "is a run on other data, .* as it was"),
+    ("--resume {good} --total-iterations 12", "has done 24 iterations: raise --total-iterations"),
     ("--resume=", "there is no args.json"),
     ("--evaluate {good} --hidden 5 5", "--evaluate takes --hidden from the run"),
     ("--resume {good} --evaluate {good}", "--resume takes --evaluate from the run"),
