@@ -16,10 +16,11 @@ data. Its critic Q minimises, Eq. (2):
 
     beta (E_rho[Q(s, a)] - E_D[Q(s, a)]) + 1/2 E_df[(Q(s, a) - r - gamma Q'(s', a'))^2]
 
-The second term is the Bellman error on d_f, a mixture of data and rollouts. The first term, the
-conservative gap, lowers Q on rho, the policy's actions at states of the rollouts, and raises it on
-the pairs of the data. Where rho and the data agree both cancel. With beta large enough the learned
-values of the policy are, on average over first states, no higher than the true ones (Prop. 4.1).
+The second term is the Bellman error on d_f, a mixture of data and rollouts. The first term is the
+conservative gap. It lowers Q on rho, that is, for the policy's actions at states of the rollouts
+(and of the data, which the paper found more stable), and raises Q on the pairs of the data. Where
+rho and the data agree the two cancel. With beta large enough the policy's value as learned is, on
+average over first states, no higher than the true one (Prop. 4.1).
 
 Algorithm 1, made concrete on SAC and on MOPO's model:
 
@@ -624,8 +625,8 @@ class COMBO(nn.Module):
         self.temperature_optimizer.step()
 
         polyak(self.critic_target, self.critic, self.args.tau)
-        # With mixed states of rho the gap averages to zero over d_f. Q then rises without bound on
-        # the data and falls on D_model, and only their means apart show it.
+        # With mixed states of rho the gap averages to zero over d_f: Q can rise on the data as it
+        # falls on D_model. Only the two means apart show that.
         num_real = real_rows(self.args)
         return {
             "losses/critic_loss": bellman_error.detach(),
