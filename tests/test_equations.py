@@ -788,6 +788,14 @@ def test_what_an_iteration_moves(warmup, step_actor):
     assert only_imitates == warmup
 
 
+def test_policy_loss():
+    """Eq. (17) with lambda = 10 / 2: L_g - 5 * the mean of Q, 0.5 - 5 * 1.6 = -7.5."""
+    method = build_ampl(q_coef=10.0)
+    method.q_avg.fill_(2.0)
+    loss = method.policy_loss(torch.tensor([1.0, 2.2]), torch.tensor(0.5))
+    assert_close(loss, torch.tensor(-7.5))
+
+
 def test_q_avg():
     """The first batch sets it to its mean |min Q|; then it goes 0.5 % of the way to each next."""
     method = build_ampl()
