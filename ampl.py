@@ -41,7 +41,7 @@ share of data in a batch) are the code's and not the paper's:
             of the data                                                               Eq. (14)
         policy, every `policy_frequency` iterations: raise Q, fool the discriminator  Eq. (15), (17)
         discriminator: tell true pairs from fake ones                                 Eq. (16)
-        targets: the slow copies of policy and critics follow them
+        targets: the slow copies of policy and critics follow them, and so does Q_avg
 
     Warm-up: for `warmup_iterations` the policy only fools the discriminator, that is, it imitates
     the data. Schedule: f is 1 during the warm-up and `real_decay_every` iterations more; then it
@@ -55,6 +55,7 @@ What each part is made of or trained on:
     D_model      <- states of D_env, from there the policy's actions and the model's steps
     critics      <- a batch, and at its s' the target policy's actions and the target critics
     fake pairs   <- states s of a second batch, a of the policy, s' of the model, a' of the policy
+    D            <- the fake pairs, and as many pairs of D_env as true ones
     policy       <- Q at the states of the first batch, D of the fake pairs
 
 The paper's symbols. An observation has S numbers, an action A. The data have N rows, N' of them
@@ -160,8 +161,8 @@ class Args:
     model_epoch_steps: Count = 1000  # steps between hold-out evaluations, that is, per epoch
     model_patience: Count = 10  # epochs without improvement before a fit stops
     model_max_epochs: Count = 10_000  # maximum epochs per fit
-    holdout_size: Count = 8092  # held-out rows (8092: not our slip), at most a fifth of the data
-    model_retrain_every: Count = 100_000  # iterations between refits (the paper's 100 epochs, too)
+    holdout_size: Count = 8092  # held-out rows (8092, not 8192, in the code), at most a fifth
+    model_retrain_every: Count = 100_000  # iterations between refits (the paper's, too)
     # --- rollouts ---
     horizon: Count = 3  # rollout length h (task)
     rollout_every: Count = 250  # iterations between rollout phases (script)
@@ -399,7 +400,7 @@ class ModelEnsemble(nn.Module):
     # --- training: standardised inputs to a Gaussian ---
 
     def inputs_and_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the model predicts from what: [B, S + A] and [B, 1 + S], in the data's units."""
+        """The model's inputs [B, S + A] and what it predicts [B, 1 + S], in the data's units."""
         inputs = torch.cat([batch.obs, batch.action], -1)
         targets = torch.cat([batch.reward[:, None], batch.next_obs - batch.obs], -1)
         return inputs, targets
@@ -462,8 +463,8 @@ class ModelEnsemble(nn.Module):
     def draw(self, obs: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
         """A sample of the Gaussian [B, 1 + S] as reward [B] and next_obs [B, S]."""
         y = mean + log_std.exp() * torch.randn_like(mean)
-        # NaN becomes 0, as in the authors' code. The clamp is ours: predictions far outside the
-        # data, which end a rollout, must not overflow the other networks.
+        # Code: NaN becomes 0. Here: also a clamp, so that predictions far outside the data, which
+        # end a rollout, do not overflow the other networks.
         y = (y * self.target_std + self.target_mean).nan_to_num(nan=0.0).clamp(-1e6, 1e6)
         return y[:, 0], obs + y[:, 1:]
 
@@ -509,9 +510,9 @@ def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
 
 def generator_loss(fake_logit: Tensor, keep: Tensor) -> Tensor:
     """-log D, on average over the fake pairs: logits and keep [2B]."""
-    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, computed from D itself, whose
-    # gradient is lost at logits below about -28. Here: the same loss computed from the logit,
-    # softplus(-logit), which keeps it.
+    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, computed from D; at logits
+    # below about -28 its gradient vanishes. Here: the same loss as softplus(-logit), whose gradient
+    # does not.
     return masked_mean(F.softplus(-fake_logit), keep)  # Eq. (15)
 
 
@@ -532,7 +533,7 @@ def discriminator_loss(
 def model_loss(mean: Tensor, log_std: Tensor, target: Tensor, omega: Tensor) -> Tensor:
     """Gaussian negative log-likelihood of every member, its rows weighted by omega. -> [M]
 
-    mean, log_std and target are [M, B, 1 + S], omega is [M, B]. The likelihood is doubled,
+    mean, log_std and target are [M, B, 1 + S], omega is [M, B]. The log-likelihood is doubled,
     lacks its constant, and is a mean over the 1 + S outputs instead of their sum.
     """
     nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
@@ -541,7 +542,7 @@ def model_loss(mean: Tensor, log_std: Tensor, target: Tensor, omega: Tensor) -> 
 
 
 def model_error(mean: Tensor, target: Tensor, omega: Tensor) -> Tensor:
-    """Squared error of every member, its rows weighted by omega, to judge held-out rows. -> [M]
+    """Squared error of every member on held-out rows, weighted by omega, to judge it. -> [M]
 
     mean is [M, B, 1 + S]; target [B, 1 + S] and omega [B] are the same for every member.
     """
@@ -556,10 +557,10 @@ def omega_loss(
 ) -> Tensor:
     """How far the two sides of Eq. (10) are apart.
 
-    A mean over the data, weighted by the right omega, equals a mean over the policy's discounted
+    A mean over the data, weighted by the true omega, equals a mean over the policy's discounted
     visits. Of these visits a share 1 - gamma are starts of episodes; a share gamma are successors
-    of visits. So with the right omega the mean Q of all visits (left) equals gamma * the mean Q of
-    successors + (1 - gamma) * the mean Q of starts (right).
+    of visits. So with the true omega the mean Q of all visits (left-hand side) equals gamma * the
+    mean Q of successors + (1 - gamma) * the mean Q of starts (right-hand side).
 
     omega, omega_target and q [B] are at stored pairs, q_next [B] at the s' after them, q_initial
     [omega_initial_batch_size] at initial states, the last two with the policy's actions.
@@ -577,12 +578,13 @@ def omega_loss(
 def constrain_mean(
     loss_grad: Tensor, mean_grad: Tensor, mean_omega: Tensor, bound: float
 ) -> Tensor:
-    """The loss's gradient at one tensor of omega, corrected to keep the mean of omega bounded.
+    """The gradient for one weight tensor of omega, corrected to keep the mean of omega bounded.
 
-    Eq. (11) is a single number, too little to determine omega. Dynamic barrier gradient descent
-    (Gong, Liu, Liu 2021) returns g = loss_grad + multiple * mean_grad with the smallest
-    multiple >= 0 such that <g, mean_grad> >= min(mean_omega - bound, |mean_grad|^2), where <,> is
-    the scalar product. The descent step goes along -g. Above the bound it lowers the mean; below,
+    loss_grad and mean_grad are the gradients of the loss and of mean_omega at that tensor. Eq. (11)
+    is a single number, too little to determine omega, so nothing in it stops the mean of omega from
+    growing. Dynamic barrier gradient descent (Gong, Liu, Liu 2021) returns
+    g = loss_grad + multiple * mean_grad with the smallest multiple >= 0 such that
+    <g, mean_grad> >= min(mean_omega - bound, |mean_grad|^2), where <,> is the scalar product. The descent step goes along -g. Above the bound it lowers the mean; below,
     it may raise it, but by less the closer the mean is to the bound. (Adam changes the step, so
     that this is no guarantee.)
     """
@@ -626,7 +628,7 @@ class AMPL(nn.Module):
         self.obs_dim = obs_dim
         self.action_dim = action_dim
         self.model = self.build("model", self.Model, members=args.ensemble_size)
-        # From the first fit on a copy of the model's best members, which makes all predictions.
+        # The elites make all predictions. Every fit copies the best members of `model` to them.
         self.elites = self.build("elites", self.Model, members=args.num_elites)
         self.elites.requires_grad_(False)
         self.actor = self.build("actor", self.Policy)
@@ -661,7 +663,7 @@ class AMPL(nn.Module):
         self.model_optimizer = self.adam(groups, args.model_lr)
 
     def build(self, name: str, network: type, **options) -> nn.Module:
-        """A network whose first weights depend on nothing but the seed and its (own) name."""
+        """A network whose first weights depend only on the seed and on `name`, its own."""
         reseed(self.args.seed, name)
         return network(self.obs_dim, self.action_dim, self.args, **options).to(self.device)
 
@@ -684,8 +686,8 @@ class AMPL(nn.Module):
         fields = [obs, dataset["action"], reward[:, None], next_obs, terminated[:, None]]
         self.data = torch.cat(fields, -1).to(self.device)  # D_env, [N, S + A + 1 + S + 1]
 
-        # Files that do not store s' have it as the state of the next row. After a terminal row that
-        # is another episode's, so s' is unknown. The critics do not need it there.
+        # In a file without s' the s' of a row is the state of the next row. After a terminal row
+        # that is another episode's, so s' is unknown; the critics do not need it there.
         # Paper: the model is fitted to all rows. Code: likewise, with the other episode's state as
         # s'. Here: the model is fitted only to the rows with a known s'. D_env keeps all rows.
         has_next = dataset["has_next"]
@@ -764,7 +766,8 @@ class AMPL(nn.Module):
         # The losses of policy and discriminator. A policy that will not step needs no gradient.
         with torch.set_grad_enabled(step_actor):
             q_policy = self.q_policy(batch.obs, self.actor(batch.obs))  # [B]
-        regularizer, disc_loss = self.gan_losses(batch, step_actor)  # on batches of its own
+        # `gan_losses` draws batches of its own; `batch` is only for variants.
+        regularizer, disc_loss = self.gan_losses(batch, step_actor)
         q_size = q_policy.detach().abs().mean()
         self.q_avg.copy_(torch.where(self.q_avg > 0, self.q_avg, q_size))  # the first batch sets it
         actor_loss = regularizer  # Paper: no warm-up. Code: 40,000 iterations with this alone.
@@ -888,7 +891,7 @@ class AMPL(nn.Module):
         Rollouts start at states of the data and run side by side for `horizon` steps.
         """
         # Code: rollouts that end are not replaced; new batches run until there are `rollout_rows`
-        # rows or more. Here: one that ends is replaced at once, so every step writes as many rows.
+        # rows or more. Here: one that ends is replaced at once, so every step writes equally many.
         args = self.args
         count = math.ceil(args.rollout_rows / args.horizon)  # rollouts side by side
         part = 2048 if self.device.type == "cpu" else count  # stays in a CPU's cache
@@ -925,7 +928,7 @@ class AMPL(nn.Module):
 
         held_out, train_rows = self.split_rows(len(inputs))
 
-        # 2. Epochs of steps. After each the held-out rows are judged.
+        # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         step = functools.partial(self.model_step, inputs, targets, known_omega, train_rows)
         step = capture(step, args)
         # Not inf, because (inf - error) / inf is NaN.
@@ -1135,7 +1138,6 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
         error = ampl.fit_model(0, unweighted, run.progress)  # Eq. (4)
         save_model(ampl, error, run.folder)
 
-    logs = {}
     rollout_logs = {}
     while run.iteration < args.total_iterations:
         i = run.iteration
@@ -1152,7 +1154,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
         ampl.num_real.fill_(real_rows(i, args))
         warmup = i < args.warmup_iterations
         step_actor = i % args.policy_frequency == 0  # Paper: every iteration. Code: every second.
-        logs |= iterate(warmup, step_actor)  # Eq. (12)-(17)
+        logs = iterate(warmup, step_actor)  # Eq. (12)-(17)
 
         run.advance()  # from here on run.iteration counts this one, too
         last = run.iteration == args.total_iterations

@@ -10,17 +10,18 @@
 
 COMBO learns a policy from a fixed dataset D, helped by rollouts in a learned model of the
 environment. A policy that is optimised in a model finds the states where the model errs in its
-favour. MOPO takes a price for the model's uncertainty, and so needs a model that knows where it
-errs. COMBO does without: it teaches the critic to be pessimistic wherever the policy leaves the
-data. Its critic Q minimises, Eq. (2):
+favour. MOPO subtracts a penalty for the model's uncertainty from the reward, and so needs a model
+that knows where it errs. COMBO does without: it teaches the critic to be pessimistic wherever the
+policy leaves the data. Its critic Q minimises, Eq. (2):
 
     beta (E_rho[Q(s, a)] - E_D[Q(s, a)]) + 1/2 E_df[(Q(s, a) - r - gamma Q'(s', a'))^2]
 
-The second term is the Bellman error on d_f, a mixture of data and rollouts. The first term is the
-conservative gap. It lowers Q on rho, that is, for the policy's actions at states of the rollouts
-(and of the data, which the paper found more stable), and raises Q on the pairs of the data. Where
-rho and the data agree the two cancel. With beta large enough the policy's value as learned is, on
-average over first states, no higher than the true one (Prop. 4.1).
+The second term is the Bellman error on d_f, a mixture of data and rollouts. The first term, the
+conservative gap, lowers Q on rho, the policy's actions at states of the rollouts, and raises it on
+the pairs of the data. Where rho and the data agree its two means cancel. With beta large enough the
+learned values of the policy are, on average over first states, no higher than the true ones (Prop.
+4.1). In the loss (`conservative_gap`) E_rho[Q] is, as in CQL, a soft maximum of Q over 3 n actions
+per state: n uniform ones, n of pi(.|s) and n of pi(.|s').
 
 Algorithm 1, made concrete on SAC and on MOPO's model:
 
@@ -31,7 +32,7 @@ Algorithm 1, made concrete on SAC and on MOPO's model:
             `horizon` steps, into the buffer D_model
         sample a batch from d_f: a share f from the data, the rest from D_model
         critics: one step down the Bellman error + beta * the conservative gap        Eq. (2)
-        policy: raise Q and the entropy                                               Eq. (3)
+        policy: raise Q and the entropy at the batch's states                         Eq. (3)
         temperature: steer the entropy to `target_entropy`
         targets: the slow copies of the critics follow them
 
@@ -41,7 +42,7 @@ and of the model (members) at hand, n is `num_actions`.
     s, a, r, s'      obs, action, reward, next_obs    [B, S], [B, A], [B], [B, S]
     D, D_model       data, model_data                 [rows, S + A + 1 + S + 1], a transition a row
     d_f              a batch of `sample_mixed`        data in the first rows, then D_model
-    rho              states: `rows_of_rho`; actions: `proposals`, n of each kind
+    rho              states: `rows_of_rho`; actions: `proposals`
     mu               rollout_actions                  who acts in rollouts
     pi               actor                            [B, S] -> mean, log_std [B, A]
     Q_j, Q'_j        critic, critic_target            [B, S], [B, A] -> [2, B]
@@ -52,12 +53,12 @@ and of the model (members) at hand, n is `num_actions`.
 The authors released no code with the paper (NeurIPS 2021). Its main text lets all but the critic
 follow MOPO, and leaves many constants to an appendix. What is from memory of that appendix is
 marked (recalled); public re-implementations differ from one another. What COMBO takes from MOPO is
-as in MOPO's code: a note `# Paper: ... Code: ...` marks where MOPO's paper and code differ, and
-this file follows the code, unless the note ends with `Here: ...`. Eq. (1), (4) and (5) are theory
-and have no line.
+as in MOPO's code. Notes say where the sources differ: `Paper:` is COMBO's text, `Recalled:` its
+appendix from memory, `MOPO's paper:` and `MOPO's code:` are MOPO's. This file follows the source
+that is named last; `Here:` is its own choice. Eq. (1), (4) and (5) are theory and have no line.
 
 `--select` chooses between finished runs with the paper's offline rule, `--probe-uncertainty` draws
-a figure after Figure 2, and `--dynamics-from` also takes a run of mopo.py. What follows `main` is
+a figure like Figure 2, and `--dynamics-from` also takes a run of mopo.py. What follows `main` is
 plumbing and may be skipped; the method uses of it above all `capture` (a step as a CUDA graph; on a
 CPU the step itself), `reseed` (a seed for each phase) and `known_termination` (a task's rule of
 ending).
@@ -224,7 +225,7 @@ PAPER = {
 
 # ===== 2. Networks ================================================================================
 Scalars = dict[str, Tensor]  # what a step reports, by TensorBoard's names; stays on the device
-# What a long phase reports to: its name, how much is done, of how much (None: unknown), scalars.
+# Long phases call this as progress(name, done, total, scalars); total is None where it is unknown.
 Progress = Callable[[str, int, int | None, Scalars], None]
 
 
@@ -311,7 +312,7 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, members: int, n_in: int, n_out: int):
         super().__init__()
-        # Paper: spectral norm. Code: none, taken out soon after the release.
+        # MOPO's paper: spectral norm. MOPO's code: none, taken out soon after the release.
         std = 1 / (2 * math.sqrt(n_in))
         self.weight = nn.Parameter(torch.empty(members, n_in, n_out))
         nn.init.trunc_normal_(self.weight, std=std, a=-2 * std, b=2 * std)
@@ -353,14 +354,14 @@ class ModelEnsemble(nn.Module):
     # --- training: standardised inputs to a Gaussian ---
 
     def inputs_and_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the model predicts from what: [B, S + A] and [B, 1 + S], in the data's units."""
+        """The model's inputs [B, S + A] and what it predicts [B, 1 + S], in the data's units."""
         inputs = torch.cat([batch.obs, batch.action], -1)
         targets = torch.cat([batch.reward[:, None], batch.next_obs - batch.obs], -1)
         return inputs, targets
 
     @torch.no_grad()
     def set_statistics(self, inputs: Tensor) -> None:
-        """Keep mean and standard deviation of inputs [N', S + A]."""
+        """Keep mean and standard deviation of inputs [rows, S + A]."""
         std, mean = torch.std_mean(inputs.double(), 0, correction=0)
         self.input_mean.copy_(mean)
         self.input_std.copy_(torch.where(std < 1e-12, 1.0, std))
@@ -392,7 +393,7 @@ class ModelEnsemble(nn.Module):
     def sample(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
         """Draw reward [B] and next_obs [B, S], each row from a random member. No gradient."""
         mean, log_std = self.predict(obs, action)
-        # Paper: the mean of the reward. Code: a sample of it.
+        # MOPO's paper: the mean of the reward. MOPO's code: a sample of it.
         y = mean + log_std.exp() * torch.randn_like(mean)
         return y[:, 0], obs + y[:, 1:]
 
@@ -412,7 +413,7 @@ class ModelEnsemble(nn.Module):
 
 # ===== 3. Equations ===============================================================================
 def largest_std(std: Tensor) -> Tensor:
-    """max_i |sigma_i(s, a)|: std [M, B, 1 + S] of all members -> [B]
+    """MOPO's uncertainty max_i |sigma_i(s, a)|, for `probe` alone: std [M, B, 1 + S] -> [B]
 
     The norm has the reward's deviation in it, and the maximum is not over the elites alone.
     """
@@ -420,11 +421,11 @@ def largest_std(std: Tensor) -> Tensor:
 
 
 def log_sum_exp(q: Tensor, log_density: Tensor) -> Tensor:
-    """log of the integral of exp Q(s, a) over a, but for the constant log n. -> [2, B]
+    """log of the integral of exp Q(s, a) over a, but for the constant log K. -> [2, B]
 
-    q [2, B, n] is at n actions per state. log_density [B, n], of the distributions that they were
-    drawn from, corrects for how often each was drawn (importance weights). The gradient is a
-    softmax over the actions, so descent lowers Q most where it is highest.
+    q [2, B, K] is at K actions per state. log_density [B, K], each of the distribution that its
+    action was drawn from, corrects for how often actions were drawn (importance weights). The
+    gradient is a softmax over the actions, so descent lowers Q most where it is highest.
     """
     return (q - log_density).logsumexp(-1)
 
@@ -443,7 +444,7 @@ def bellman_target(batch: Batch, q_next: Tensor, gamma: float) -> Tensor:
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
-    """The sum of half the squared errors of all critics: q [2, B], target [B]."""
+    """The Bellman error of Eq. (2), the sum over all critics: q [2, B], target [B]."""
     return sum(0.5 * F.mse_loss(q_j, target) for q_j in q)
 
 
@@ -461,7 +462,7 @@ def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float)
 def model_loss(mean: Tensor, log_std: Tensor, target: Tensor) -> Tensor:
     """Gaussian negative log-likelihood of every member, [M, B, 1 + S] each. -> [M]
 
-    It is doubled, lacks its constant, and is a mean over the 1 + S outputs instead of their sum.
+    The log is doubled, lacks its constant, and is a mean over the 1 + S outputs, not their sum.
     """
     nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
     return nll.mean((-2, -1))
@@ -497,7 +498,7 @@ class COMBO(nn.Module):
         self.obs_dim = obs_dim
         self.action_dim = action_dim
         self.model = self.build("model", self.Model, members=args.ensemble_size)
-        # A copy of the best members of the model, which imagines all transitions.
+        # The elites imagine all transitions. The fit copies the best members of `model` to them.
         self.elites = self.build("elites", self.Model, members=args.num_elites)
         self.elites.requires_grad_(False)
         self.actor = self.build("actor", self.Policy)
@@ -525,7 +526,7 @@ class COMBO(nn.Module):
         self.model_optimizer = self.adam(groups, args.model_lr)
 
     def build(self, name: str, network: type, **options) -> nn.Module:
-        """A network whose first weights depend on nothing but the seed and its (own) name."""
+        """A network whose first weights depend only on the seed and on `name`, its own."""
         reseed(self.args.seed, name)
         return network(self.obs_dim, self.action_dim, self.args, **options).to(self.device)
 
@@ -538,8 +539,8 @@ class COMBO(nn.Module):
 
     def set_data(self, dataset: dict[str, Tensor]) -> None:
         """Take what load_dataset gives. Not part of __init__: a saved policy acts without data."""
-        # Paper: the dataset. Code: of the two million rows that the -v0 files of medium-expert
-        # have, only the last million. Here: all rows.
+        # MOPO's paper: the dataset. MOPO's code: of the two million rows that the -v0 files of
+        # medium-expert have, only the last million. Here: all rows.
         obs = dataset["obs"]
         next_obs = dataset["next_obs"]
         reward = dataset["reward"]
@@ -547,9 +548,9 @@ class COMBO(nn.Module):
         fields = [obs, dataset["action"], reward[:, None], next_obs, terminated[:, None]]
         self.data = torch.cat(fields, -1).to(self.device)  # D, [N, S + A + 1 + S + 1]
 
-        # Files that do not store s' have it as the state of the next row. After a terminal row that
-        # is another episode's, so s' is unknown. The model is fitted only to the rows with a known
-        # s'. D keeps all rows.
+        # In a file without s' the s' of a row is the state of the next row. After a terminal row
+        # that is another episode's, so s' is unknown, and s itself stands in for it: the critics'
+        # target does not use it, and the model is not fitted to such rows.
         has_next = dataset["has_next"]
         self.rows_with_next = has_next.nonzero().squeeze(-1).to(self.device)  # row numbers
         lost = int((~has_next).sum())
@@ -557,7 +558,7 @@ class COMBO(nn.Module):
             print(f"note: s' of {lost} terminals is not stored: the model never sees their rewards")
 
         # A state beyond this is outside the data: twice the largest |obs| of each dimension, or 100
-        # where that is less, because the rule of hopper ends at 100.
+        # if that is larger, since the rule of hopper ends an episode only at |obs| >= 100.
         farthest = torch.maximum(obs.abs(), next_obs.abs()).amax(0)
         self.obs_limit = (2 * farthest).clamp(min=100).to(self.device)
 
@@ -598,7 +599,8 @@ class COMBO(nn.Module):
         batch = self.sample_mixed()
         alpha = self.log_alpha.detach().exp()
 
-        # The critics step towards one target, lower on rho and higher on the data.
+        # The critics step towards one target. Besides, the gap lowers Q on rho and raises it on the
+        # data.
         target = self.q_target(batch)  # [B]
         q = self.critic(batch.obs, batch.action)  # [2, B]
         gap = self.conservative_gap(batch, q)  # [2]
@@ -610,8 +612,8 @@ class COMBO(nn.Module):
 
         # The policy raises Q and its entropy. Its loss passes through the critics; `inputs` keeps
         # the gradient to the policy.
-        # Paper: at the states of rho, with the data's; entropy if need be. Here: at those of d_f,
-        # whatever rho_states says, and with SAC's entropy.
+        # Paper: at states of rho, which include the data's; an entropy term is optional. Here: at
+        # all states of the batch, whatever rho_states says, and with SAC's entropy.
         action, log_prob = self.actor.sample(batch.obs)  # [B, A], [B]
         actor_loss = policy_loss(self.critic(batch.obs, action), log_prob, alpha)  # Eq. (3)
         self.actor_optimizer.zero_grad()
@@ -625,8 +627,8 @@ class COMBO(nn.Module):
         self.temperature_optimizer.step()
 
         polyak(self.critic_target, self.critic, self.args.tau)
-        # With mixed states of rho the gap averages to zero over d_f: Q can rise on the data as it
-        # falls on D_model. Only the two means apart show that.
+        # The gap is a difference: it does not tell whether Q fell on D_model or rose on the data.
+        # So the means of Q on both are logged, too.
         num_real = real_rows(self.args)
         return {
             "losses/critic_loss": bellman_error.detach(),
@@ -646,7 +648,10 @@ class COMBO(nn.Module):
         return bellman_target(batch, q_next, self.args.gamma)
 
     def conservative_gap(self, batch: Batch, q: Tensor) -> Tensor:
-        """E_rho[Q] - E_D[Q] of each critic, for q [2, B] at the batch. -> [2]"""
+        """The gap in the loss: a soft maximum of Q on rho - the mean of Q on D. -> [2]
+
+        It is of each critic; q [2, B] is at the batch.
+        """
         # Paper: Q at an action of the policy. Recalled: as in CQL, a soft maximum of Q over uniform
         # actions and the policy's. Here: the soft maximum.
         rho = self.rows_of_rho(batch)
@@ -682,7 +687,7 @@ class COMBO(nn.Module):
         return actions, log_densities
 
     def q_of_actions(self, obs: Tensor, actions: Tensor) -> Tensor:
-        """Both critics at several actions per state: [B, S], [B, n, A] -> [2, B, n]."""
+        """Both critics at K actions per state: [B, S], [B, K, A] -> [2, B, K]."""
         count = actions.shape[1]
         q = self.critic(obs.repeat_interleave(count, 0), actions.flatten(0, 1))  # [2, B n]
         return q.unflatten(1, (-1, count))
@@ -701,10 +706,11 @@ class COMBO(nn.Module):
 
     @torch.no_grad()
     def final_numbers(self) -> dict[str, float]:
-        """E_rho[Q] - E_D[Q] at the end of training, which --select compares.
+        """The paper's E_rho[Q] - E_D[Q] at the end of training, which --select compares.
 
         It needs no environment. rho has the states that the critics' loss takes, and as in the
-        paper's text one action of the policy each. About 10,000 rows (ours), mean of both critics.
+        paper's text one action of the policy each, not the soft maximum of the loss and of
+        losses/conservative_gap. About 10,000 rows (ours), mean of both critics.
         """
         reseed(self.args.seed, "final numbers")
         num_real = real_rows(self.args)
@@ -723,8 +729,8 @@ class COMBO(nn.Module):
     def imagine(self, obs: Tensor, action: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One step in the model: reward [B], next_obs [B, S], terminated [B] (0 or 1)."""
         reward, next_obs = self.elites.sample(obs, action)
-        # Paper: does not say. Code: the task's own rule of ending, of hopper and walker2d, for
-        # example; halfcheetah never ends.
+        # MOPO's paper: does not say. MOPO's code: the task's own rule of ending, of hopper and
+        # walker2d, for example; halfcheetah never ends.
         ended = known_termination(self.args.env_id, next_obs)
         return self.end_outside_data(reward, next_obs, ended)
 
@@ -735,8 +741,8 @@ class COMBO(nn.Module):
 
         -> reward [B], next_obs [B, S], terminated [B] (0 or 1)
         """
-        # Paper: does not say. Code: none of it. Here: this, since such states would overflow the
-        # critics.
+        # MOPO's paper: does not say. MOPO's code: none of it. Here: this, since such states would
+        # overflow the critics.
         inside = (next_obs.abs() <= self.obs_limit).all(-1)  # false for NaN
         reward = reward.nan_to_num(0.0, 0.0, 0.0)
         next_obs = next_obs.nan_to_num(0.0).clamp(-self.obs_limit, self.obs_limit)
@@ -755,8 +761,8 @@ class COMBO(nn.Module):
 
         Rollouts start at states of the data. They run side by side.
         """
-        # Code: rollouts that end are not replaced. Here: one that ends is replaced at once, so
-        # every step writes as many rows.
+        # MOPO's code: rollouts that end are not replaced. Here: one that ends is replaced at once,
+        # so that every step writes the same number of rows.
         args = self.args
         part = 500 if self.device.type == "cpu" else args.rollout_starts  # stays in a CPU's cache
         all_terminated = []
@@ -794,7 +800,7 @@ class COMBO(nn.Module):
         model.set_statistics(inputs[train_rows])
         inputs = model.standardise(inputs)
 
-        # 2. Epochs of steps. After each the held-out rows are judged.
+        # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         shape = (model.members, len(train_rows))
         bootstrap = train_rows[torch.randint(len(train_rows), shape, device=self.device)]
         order = bootstrap.clone()  # the rows in the order of the epoch
@@ -814,9 +820,9 @@ class COMBO(nn.Module):
             for name, tensor in model.layers.state_dict().items():
                 best_layers[name][improved] = tensor[improved]  # the first axis is the member
             idle_epochs = 0 if improved.any() else idle_epochs + 1
-            looks = {"model/holdout_error": error.mean(), "model/idle_epochs": idle_epochs}
+            judged = {"model/holdout_error": error.mean(), "model/idle_epochs": idle_epochs}
             phase = f"model fit, patience {args.model_patience} epochs"
-            progress(phase, epoch + 1, None, logs | looks)
+            progress(phase, epoch + 1, None, logs | judged)
             if idle_epochs >= args.model_patience:
                 break
         model.layers.load_state_dict(best_layers)  # the bounds stay at their last values
@@ -832,7 +838,7 @@ class COMBO(nn.Module):
 
     def shuffle(self, bootstrap: Tensor, order: Tensor, position: Tensor, epoch: int) -> None:
         """Write the rows `bootstrap` [M, n] in a new order to `order`, and start at its front."""
-        reseed(self.args.seed, "model fit 0", epoch)
+        reseed(self.args.seed, "model fit", epoch)
         permutation = torch.rand(bootstrap.shape, device=self.device).argsort(-1)
         torch.gather(bootstrap, -1, permutation, out=order)
         position.zero_()
@@ -936,7 +942,7 @@ def train(args: Args, method: type = COMBO, arrays: dict[str, np.ndarray] | None
     while run.iteration < args.total_iterations:
         i = run.iteration
         if i % args.rollout_every == 0:
-            reseed(args.seed, "rollout", i)  # rollouts and iterations draw apart
+            reseed(args.seed, "rollout", i)  # its draws do not shift those of the iterations
             rollout_logs = rollout()  # into D_model
             reseed(args.seed, "iterations", i)
         logs = iterate()  # Eq. (2), (3)
@@ -954,8 +960,8 @@ def train(args: Args, method: type = COMBO, arrays: dict[str, np.ndarray] | None
     return run.finish()
 
 
-# The flags that may differ between the runs that --select compares, beside beta and f: none of them
-# changes what training does, but for the seed.
+# The flags that may differ between the runs that --select compares, beside beta and f. None of them
+# changes what training does, but for the seed, and dynamics_from, which may bring another fit.
 MAY_DIFFER = (
     "seed", "dataset_path", "run_dir", "resume", "evaluate", "select", "probe_uncertainty",
     "dynamics_from", "eval_every", "eval_episodes", "final_episodes", "track", "wandb_project_name",
@@ -1002,7 +1008,7 @@ def check_comparable(folder: str, result: dict, first_folder: str, first: dict) 
 
 @torch.no_grad()
 def probe(args: Args, method: type = COMBO) -> dict:
-    """After Figure 2: what the model says of its error, and its true error, on held-out rows.
+    """Like Figure 2: what the model says of its error, and its true error, on held-out rows.
 
     The first is the largest standard deviation that a member predicts. The second (ours) is how far
     the mean of the elites is from (reward, next state - state), in the data's units.
@@ -1035,9 +1041,10 @@ def probe(args: Args, method: type = COMBO) -> dict:
 
 
 def load_fit(run: Path, dataset_path: str | None, settings: type, method: type) -> nn.Module:
-    """A method with a run's first model and its data, or those at another path, on the CPU.
+    """A method with a run's model and its data, or those at another path, on the CPU.
 
-    Its settings split the data as the fit of that model did.
+    Its seed and holdout_size are those of the run that fitted the model, so that `split_rows` holds
+    out the same rows.
     """
     args = load_args(run, settings)
     fitted_in = Path(args.dynamics_from or run)  # perhaps a run of mopo.py

@@ -208,7 +208,7 @@ PAPER = {
 
 # ===== 2. Networks ================================================================================
 Scalars = dict[str, Tensor]  # what a step reports, by TensorBoard's names; stays on the device
-# What a long phase reports to: its name, how much is done, of how much (None: unknown), scalars.
+# Long phases call this as progress(name, done, total, scalars); total is None where it is unknown.
 Progress = Callable[[str, int, int | None, Scalars], None]
 
 
@@ -331,14 +331,14 @@ class ModelEnsemble(nn.Module):
     # --- training: standardised inputs to a Gaussian ---
 
     def inputs_and_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the model predicts from what: [B, S + A] and [B, 1 + S], in the data's units."""
+        """The model's inputs [B, S + A] and what it predicts [B, 1 + S], in the data's units."""
         inputs = torch.cat([batch.obs, batch.action], -1)
         targets = torch.cat([batch.reward[:, None], batch.next_obs - batch.obs], -1)
         return inputs, targets
 
     @torch.no_grad()
     def set_statistics(self, inputs: Tensor) -> None:
-        """Keep mean and standard deviation of inputs [N', S + A]."""
+        """Keep mean and standard deviation of inputs [rows, S + A]."""
         std, mean = torch.std_mean(inputs.double(), 0, correction=0)
         self.input_mean.copy_(mean)
         self.input_std.copy_(torch.where(std < 1e-12, 1.0, std))
@@ -438,7 +438,7 @@ def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float)
 def model_loss(mean: Tensor, log_std: Tensor, target: Tensor) -> Tensor:
     """Gaussian negative log-likelihood of every member, [M, B, 1 + S] each. -> [M]
 
-    It is doubled, lacks its constant, and is a mean over the 1 + S outputs instead of their sum.
+    The log is doubled, lacks its constant, and is a mean over the 1 + S outputs, not their sum.
     """
     nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
     return nll.mean((-2, -1))
@@ -474,7 +474,7 @@ class MOPO(nn.Module):
         self.obs_dim = obs_dim
         self.action_dim = action_dim
         self.model = self.build("model", self.Model, members=args.ensemble_size)
-        # A copy of the best members of the model, which imagines all transitions.
+        # The elites imagine all transitions. The fit copies the best members of `model` to them.
         self.elites = self.build("elites", self.Model, members=args.num_elites)
         self.elites.requires_grad_(False)
         self.actor = self.build("actor", self.Policy)
@@ -502,7 +502,7 @@ class MOPO(nn.Module):
         self.model_optimizer = self.adam(groups, args.model_lr)
 
     def build(self, name: str, network: type, **options) -> nn.Module:
-        """A network whose first weights depend on nothing but the seed and its (own) name."""
+        """A network whose first weights depend only on the seed and on `name`, its own."""
         reseed(self.args.seed, name)
         return network(self.obs_dim, self.action_dim, self.args, **options).to(self.device)
 
@@ -524,9 +524,9 @@ class MOPO(nn.Module):
         fields = [obs, dataset["action"], reward[:, None], next_obs, terminated[:, None]]
         self.data = torch.cat(fields, -1).to(self.device)  # D_env, [N, S + A + 1 + S + 1]
 
-        # Files that do not store s' have it as the state of the next row. After a terminal row that
-        # is another episode's, so s' is unknown. The model is fitted only to the rows with a known
-        # s'. D_env keeps all rows.
+        # In a file without s' the s' of a row is the state of the next row. After a terminal row
+        # that is another episode's, so s' is unknown, and s itself stands in for it: the critics'
+        # target does not use it, and the model is not fitted to such rows.
         has_next = dataset["has_next"]
         self.rows_with_next = has_next.nonzero().squeeze(-1).to(self.device)  # row numbers
         lost = int((~has_next).sum())
@@ -534,7 +534,7 @@ class MOPO(nn.Module):
             print(f"note: s' of {lost} terminals is not stored: the model never sees their rewards")
 
         # A state beyond this is outside the data: twice the largest |obs| of each dimension, or 100
-        # where that is less, because the rule of hopper ends at 100.
+        # if that is larger, since the rule of hopper ends an episode only at |obs| >= 100.
         farthest = torch.maximum(obs.abs(), next_obs.abs()).amax(0)
         self.obs_limit = (2 * farthest).clamp(min=100).to(self.device)
 
@@ -657,8 +657,8 @@ class MOPO(nn.Module):
 
         Rollouts start at states of the data. They run side by side.
         """
-        # Code: rollouts that end are not replaced. Here: one that ends is replaced at once, so
-        # every step writes as many rows.
+        # Code: rollouts that end are not replaced. Here: one that ends is replaced at once, so that
+        # every step writes the same number of rows.
         args = self.args
         part = 500 if self.device.type == "cpu" else args.rollout_starts  # stays in a CPU's cache
         all_terminated = []
@@ -704,7 +704,7 @@ class MOPO(nn.Module):
         model.set_statistics(inputs[train_rows])
         inputs = model.standardise(inputs)
 
-        # 2. Epochs of steps. After each the held-out rows are judged.
+        # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         shape = (model.members, len(train_rows))
         bootstrap = train_rows[torch.randint(len(train_rows), shape, device=self.device)]
         order = bootstrap.clone()  # the rows in the order of the epoch
@@ -724,9 +724,9 @@ class MOPO(nn.Module):
             for name, tensor in model.layers.state_dict().items():
                 best_layers[name][improved] = tensor[improved]  # the first axis is the member
             idle_epochs = 0 if improved.any() else idle_epochs + 1
-            looks = {"model/holdout_error": error.mean(), "model/idle_epochs": idle_epochs}
+            judged = {"model/holdout_error": error.mean(), "model/idle_epochs": idle_epochs}
             phase = f"model fit, patience {args.model_patience} epochs"
-            progress(phase, epoch + 1, None, logs | looks)
+            progress(phase, epoch + 1, None, logs | judged)
             if idle_epochs >= args.model_patience:
                 break
         model.layers.load_state_dict(best_layers)  # the bounds stay at their last values
@@ -742,7 +742,7 @@ class MOPO(nn.Module):
 
     def shuffle(self, bootstrap: Tensor, order: Tensor, position: Tensor, epoch: int) -> None:
         """Write the rows `bootstrap` [M, n] in a new order to `order`, and start at its front."""
-        reseed(self.args.seed, "model fit 0", epoch)
+        reseed(self.args.seed, "model fit", epoch)
         permutation = torch.rand(bootstrap.shape, device=self.device).argsort(-1)
         torch.gather(bootstrap, -1, permutation, out=order)
         position.zero_()
@@ -834,7 +834,7 @@ def train(args: Args, method: type = MOPO, arrays: dict[str, np.ndarray] | None 
     while run.iteration < args.total_iterations:
         i = run.iteration
         if i % args.rollout_every == 0:
-            reseed(args.seed, "rollout", i)  # rollouts and iterations draw apart
+            reseed(args.seed, "rollout", i)  # its draws do not shift those of the iterations
             rollout_logs = rollout()  # into D_model, Eq. (7)
             reseed(args.seed, "iterations", i)
         logs = iterate()
