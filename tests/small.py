@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import ampl
+import combo
 import mopo
 
 
@@ -58,28 +59,42 @@ def build_ampl(**changes) -> ampl.AMPL:
     return method
 
 
-def build_mopo(**changes) -> mopo.MOPO:
-    """MOPO on 40 random rows with a filled buffer; a quarter of a batch of 16 is from the data.
+# Settings of MOPO and COMBO. The task's own rule never ends an episode. A quarter of a batch of 16
+# is from the data.
+SMALL = {
+    "env_id": "halfcheetah-medium-v2",
+    "cuda": False,
+    "hidden": (8, 8),
+    "batch_size": 16,
+    "real_fraction": 0.25,
+    "horizon": 3,
+    "rollout_starts": 20,
+    "rollout_retain": 2,
+    "ensemble_size": 3,
+    "num_elites": 2,
+    "model_hidden": 8,
+    "model_batch_size": 16,
+    "holdout_size": 10,
+}
 
-    `changes` are settings. The task's own rule never ends an episode.
-    """
-    settings = {
-        "env_id": "halfcheetah-medium-v2",
-        "cuda": False,
-        "hidden": (8, 8),
-        "batch_size": 16,
-        "real_fraction": 0.25,
-        "horizon": 3,
-        "rollout_starts": 20,
-        "rollout_retain": 2,
-        "ensemble_size": 3,
-        "num_elites": 2,
-        "model_hidden": 8,
-        "model_batch_size": 16,
-        "holdout_size": 10,
-    }
-    args = mopo.Args(**(settings | changes))
+
+def build_mopo(**changes) -> mopo.MOPO:
+    """MOPO on 40 random rows with a filled buffer. `changes` are settings beside those of SMALL."""
+    args = mopo.Args(**(SMALL | changes))
     method = mopo.MOPO(args, 3, 2, torch.device("cpu"))
+    method.set_data(random_dataset(40, 3, 2))
+    method.rollout()
+    torch.manual_seed(1)
+    return method
+
+
+def build_combo(**changes) -> combo.COMBO:
+    """COMBO on 40 random rows with a filled buffer. `changes` are settings beside those of SMALL.
+
+    It has 2 actions of each of the three kinds.
+    """
+    args = combo.Args(**(SMALL | {"num_actions": 2} | changes))
+    method = combo.COMBO(args, 3, 2, torch.device("cpu"))
     method.set_data(random_dataset(40, 3, 2))
     method.rollout()
     torch.manual_seed(1)
