@@ -584,9 +584,9 @@ def constrain_mean(
     is a single number, too little to determine omega, so nothing in it stops the mean of omega from
     growing. Dynamic barrier gradient descent (Gong, Liu, Liu 2021) returns
     g = loss_grad + multiple * mean_grad with the smallest multiple >= 0 such that
-    <g, mean_grad> >= min(mean_omega - bound, |mean_grad|^2), where <,> is the scalar product. The descent step goes along -g. Above the bound it lowers the mean; below,
-    it may raise it, but by less the closer the mean is to the bound. (Adam changes the step, so
-    that this is no guarantee.)
+    <g, mean_grad> >= min(mean_omega - bound, |mean_grad|^2), where <,> is the scalar product. The
+    descent step goes along -g. Above the bound it lowers the mean; below, it may raise it, but by
+    less the closer the mean is to the bound. (Adam changes the step, so that this is no guarantee.)
     """
     # Paper: no bound. Code: this one.
     norm_squared = mean_grad.square().sum()
