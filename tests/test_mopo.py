@@ -1159,11 +1159,18 @@ def test_evaluate(script, whole, capsys, monkeypatch):
     assert f"normalized score over 2 episodes: {scores.mean():.1f}" in capsys.readouterr().out
 
 
+def steps_shown(folder: Path) -> dict[str, list[int]]:
+    """The steps of each of TensorBoard's tags."""
+    shown = {}
+    for tag, values in points(folder).items():
+        shown[tag] = [step for step, _ in values]
+    return shown
+
+
 def test_log(whole):
     """What TensorBoard shows: a phase's points follow the iteration's."""
     every = list(range(1, 13))
-    shown = points(whole[mopo])
-    assert {tag: [step for step, _ in values] for tag, values in shown.items()} == {
+    assert steps_shown(whole[mopo]) == {
         "losses/critic_loss": every,
         "losses/q_values": every,
         "losses/actor_loss": every,
@@ -1177,14 +1184,34 @@ def test_log(whole):
         "model/holdout_error": [1, 2],
         "model/idle_epochs": [1, 2],
     }
-    assert shown["losses/alpha"][0][1] == 1  # alpha starts at 1
+    assert points(whole[mopo])["losses/alpha"][0][1] == 1  # alpha starts at 1
 
 
-@both_scripts
-def test_what_happens_at_which_iteration(script, dataset_path, tmp_path, monkeypatch):
+SCHEDULE = [
+    "fit",
+    ("rollout", 2, 0),
+    "rollout",
+    ("iterations", 2, 0),
+    "iterate",
+    "iterate",
+    "iterate",
+    ("rollout", 2, 3),
+    "rollout",
+    ("iterations", 2, 3),
+    "iterate",
+    ("evaluate", 1, 4),  # episodes, iterations done
+    "iterate",
+    "iterate",
+    ("evaluate", 1, 6),
+    ("evaluate", 2, 0),  # the last evaluation
+]
+
+
+@pytest.mark.parametrize("kind", [mopo.MOPO, combo.COMBO])
+def test_what_happens_at_which_iteration(kind, dataset_path, tmp_path, monkeypatch):
     """The schedule of Algorithm 1, of the seeds and of the evaluations, in six iterations."""
+    script = sys.modules[kind.__module__]
     events = []
-    kind = {mopo: mopo.MOPO, combo: combo.COMBO}[script]
     plain_reseed = script.reseed
 
     class Spy(kind):
@@ -1211,33 +1238,10 @@ def test_what_happens_at_which_iteration(script, dataset_path, tmp_path, monkeyp
 
     monkeypatch.setattr(script, "reseed", reseed)
     monkeypatch.setattr(script, "evaluate", evaluate)
-    changes = {
-        "dataset_path": dataset_path,
-        "run_dir": str(tmp_path),
-        "seed": 2,
-        "total_iterations": 6,
-        "rollout_every": 3,
-        "eval_every": 4,
-    }
-    script.train(script.Args(**(RUN | changes)), Spy)
-    assert events == [
-        "fit",
-        ("rollout", 2, 0),
-        "rollout",
-        ("iterations", 2, 0),
-        "iterate",
-        "iterate",
-        "iterate",
-        ("rollout", 2, 3),
-        "rollout",
-        ("iterations", 2, 3),
-        "iterate",
-        ("evaluate", 1, 4),  # episodes, iterations done
-        "iterate",
-        "iterate",
-        ("evaluate", 1, 6),
-        ("evaluate", 2, 0),  # the last evaluation
-    ]
+    changes = {"seed": 2, "total_iterations": 6, "rollout_every": 3, "eval_every": 4}
+    settings = RUN | {"dataset_path": dataset_path, "run_dir": str(tmp_path)} | changes
+    script.train(script.Args(**settings), Spy)
+    assert events == SCHEDULE
 
 
 # ===== A class of one's own =======================================================================
