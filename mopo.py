@@ -350,8 +350,9 @@ class ModelEnsemble(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """[M, B, S + A] -> mean, log_std [M, B, 1 + S]."""
         *hidden_layers, output_layer = self.layers
+        in_place = not torch.is_grad_enabled()  # saves memory, where no gradient needs layer(x)
         for layer in hidden_layers:
-            x = F.silu(layer(x))
+            x = F.silu(layer(x), inplace=in_place)
         mean, log_var = output_layer(x).chunk(2, -1)
         log_var = self.max_log_var - F.softplus(self.max_log_var - log_var)
         log_var = self.min_log_var + F.softplus(log_var - self.min_log_var)
