@@ -408,7 +408,9 @@ def test_noise_of_the_model():
     assert next_obs.mean().item() == pytest.approx(1.5, abs=0.1)
     member = ((reward - 10) / 4).round()
     assert (reward - 10 - 4 * member).std().item() == pytest.approx(1, rel=0.1)
+    # Every number of every row has noise of its own.
     assert len(next_obs.unique()) > 9000
+    assert abs(torch.corrcoef(next_obs.T)[0, 1]) < 0.05
 
 
 def test_absurd_predictions():
@@ -970,6 +972,16 @@ def assert_constant_members(model: ampl.ModelEnsemble, values: list[float]) -> N
         for parameter in layer.parameters():
             for member, value in zip(parameter, values, strict=True):
                 assert (member == value).all()
+
+
+@pytest.mark.parametrize("holdout_size, expected", [(8092, 7), (3, 3)])
+def test_held_out_rows(holdout_size, expected):
+    """At most a fifth of 39 rows, which is 7; all others are trained on, in a random split."""
+    method = build_ampl(holdout_size=holdout_size)
+    held_out, train_rows = method.split_rows(39)
+    assert len(held_out) == expected
+    assert sorted([*held_out.tolist(), *train_rows.tolist()]) == list(range(39))
+    assert not torch.equal(held_out, method.split_rows(39)[0])
 
 
 def test_a_fit_ends_at_its_last_epoch():
