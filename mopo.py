@@ -808,6 +808,8 @@ def check_args(args: Args) -> None:
     check_ranges(args)
     if args.num_elites > args.ensemble_size:
         sys.exit("--num-elites is larger than --ensemble-size")
+    if len(args.model_weight_decay) != 5:
+        sys.exit("--model-weight-decay needs a number for each of the five layers")
 
 
 def train(args: Args, method: type = MOPO, arrays: dict[str, np.ndarray] | None = None) -> dict:
@@ -1001,7 +1003,10 @@ def check_ranges(args: Args) -> None:
         if get_origin(kind) is Literal and value not in get_args(kind):
             sys.exit(f"{flag} is {value!r}, but must be one of {get_args(kind)}")
         if get_origin(kind) is tuple:  # of numbers, which all have the type of the first
-            kind = get_args(kind)[0]
+            entries = get_args(kind)
+            if Ellipsis not in entries and len(value) != len(entries):
+                sys.exit(f"{flag} is {value}, but must have {len(entries)} numbers")
+            kind = entries[0]
             values = value
         else:
             values = [value]

@@ -470,6 +470,10 @@ def test_args_are_checked_in_a_notebook_too(tmp_path):
         train_small(tmp_path, ampl.AMPL, gamma=2.0)
     with pytest.raises(SystemExit, match="--initial-states is 'data-set', but must be one of"):
         train_small(tmp_path, ampl.AMPL, initial_states="data-set")
+    with pytest.raises(SystemExit, match="but must have 2 numbers"):
+        train_small(tmp_path, ampl.AMPL, hidden=(8, 8, 8))
+    with pytest.raises(SystemExit, match="--model-weight-decay needs a number for each"):
+        train_small(tmp_path, ampl.AMPL, model_weight_decay=(1e-5, 1e-5))
 
 
 def test_another_class_is_refused(tmp_path):
