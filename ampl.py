@@ -169,13 +169,13 @@ class Args:
     rollout_rows: Count = 32_000  # rows per rollout phase, 128 per iteration (script)
     buffer_size: Count = 640_000  # capacity of D_model in rows (script)
     real_fraction: Share = 0.5  # final share f of data rows in a batch (paper)
-    real_decay_every: Count = 5000  # iterations per 0.1 decrease of f after the warm-up
+    real_decay_every: Count = 5000  # iterations per 0.1 decrease of f (in a short test fewer)
     # --- critics ---
     gamma: Share = 0.99  # discount factor
     tau: Share = 0.005  # soft-update rate of the targets and of Q_avg
     batch_size: Count = 512  # batch size B (script)
     critic_lr: Positive = 3e-4  # Adam learning rate of the critics
-    critic_grad_norm: Positive = 0.1  # gradient clipping norm, both critics together
+    critic_grad_norm: Positive = 0.1  # gradient clipping norm, all critics together
     critic_huber_delta: Positive = 500.0  # threshold of the Huber loss, in practice never reached
     q_min_weight: Share = 0.75  # weight c of the smaller target Q, Eq. (12) (paper)
     q_bound: Positive = 2000.0  # target Qs this large or larger count as 0, against divergence
@@ -479,7 +479,8 @@ def scale_rewards(reward: Tensor) -> Tensor:
 
 def real_rows(iteration: int, args: Args) -> int:
     """How many rows of a batch are from the data: the share f of B."""
-    # Paper: f = 0.5. Code: 1 until 5000 iterations after the warm-up, then 0.1 less every 5000.
+    # Paper: f = 0.5. Code: 1 until real_decay_every iterations after the warm-up, then 0.1 less
+    # every so many.
     falls = max(0, (iteration - args.warmup_iterations) // args.real_decay_every)
     fraction = max(args.real_fraction, 1 - 0.1 * falls)
     return int(fraction * args.batch_size)
@@ -609,9 +610,11 @@ class AMPL(nn.Module):
     they never wait for a tensor's value and hold no `if` on what changes between calls. The two
     flags of `iterate` are the exception: it gets one graph per combination.
 
-    Variants of the method, such as the paper's ablations, derive from this class. What their steps
-    change must be a parameter or a buffer, and what they draw must come from torch: a CUDA graph
-    freezes all else, and --resume does not restore it.
+    Variants of the method, such as the paper's ablations, derive from this class, and their
+    settings from Args; `main(MyArgs, MyMethod)` starts them. What their steps change must be a
+    parameter or a buffer; what they draw must be drawn by torch on self.device and stay a tensor
+    (k of n at random: torch.rand(n, device=self.device).argsort()[:k]). A CUDA graph freezes all
+    else, and --resume does not restore it.
     """
 
     Model = ModelEnsemble
@@ -1317,9 +1320,14 @@ def note_changes(args: Args) -> None:
 def hide_unused_flags(settings: type) -> None:
     """Take away the flags that a variant of the method has no use for.
 
-    The variant's class of settings names them in `without`, by how the names of fields begin.
+    The variant's class of settings names them in a tuple without a type, by how the names of fields
+    begin: without = ("noise_", "q_min_weight").
     """
     unused = getattr(settings, "without", ())
+    names = [field.name for field in dataclasses.fields(settings)]
+    for beginning in unused:
+        if not any(name.startswith(beginning) for name in names):
+            sys.exit(f"`without` of {settings.__name__}: no setting begins with {beginning}")
     for field in dataclasses.fields(settings):
         if field.name.startswith(unused):
             settings.__annotations__[field.name] = tyro.conf.Fixed[field.type]
@@ -1629,7 +1637,10 @@ def to_transitions(raw: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 # ===== C. Environments ============================================================================
 # D4RL's tasks run on gymnasium's simulators, changed where those are not what D4RL had. Any other
-# environment that is registered with gymnasium works as well, and may enter rules in the tables.
+# environment that is registered with gymnasium works as well. A file of your own imports the
+# script, calls gymnasium.register(id, entry_point=..., max_episode_steps=...), and may fill its
+# tables ENDS[id] (rule of ending), REFERENCES[id] (returns of the scores 0 and 100) and PAPER[id]
+# (settings). It ends in the script's main(); --dataset-path names its data.
 def family_of(env_id: str) -> str:
     """The first word of an id: hopper of hopper-medium-v2 and of Hopper-v4."""
     return env_id.split("-")[0].lower()

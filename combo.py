@@ -482,9 +482,9 @@ class COMBO(nn.Module):
     On a GPU `iterate`, `rollout` and `model_step` are recorded as CUDA graphs, so they never wait
     for a tensor's value and hold no `if` on what changes between calls.
 
-    Variants of the method derive from this class. What their steps change must be a parameter or a
-    buffer, and what they draw must come from torch: a CUDA graph freezes all else, and --resume
-    does not restore it.
+    Variants of the method derive from this class, and their settings from Args. What their steps
+    change must be a parameter or a buffer; what they draw must be drawn by torch on self.device and
+    stay a tensor. A CUDA graph freezes all else, and --resume does not restore it.
     """
 
     Model = ModelEnsemble
@@ -1291,9 +1291,14 @@ def note_changes(args: Args) -> None:
 def hide_unused_flags(settings: type) -> None:
     """Take away the flags that a variant of the method has no use for.
 
-    The variant's class of settings names them in `without`, by how the names of fields begin.
+    The variant's class of settings names them in a tuple without a type, by how the names of fields
+    begin: without = ("noise_", "q_min_weight").
     """
     unused = getattr(settings, "without", ())
+    names = [field.name for field in dataclasses.fields(settings)]
+    for beginning in unused:
+        if not any(name.startswith(beginning) for name in names):
+            sys.exit(f"`without` of {settings.__name__}: no setting begins with {beginning}")
     for field in dataclasses.fields(settings):
         if field.name.startswith(unused):
             settings.__annotations__[field.name] = tyro.conf.Fixed[field.type]
@@ -1603,7 +1608,10 @@ def to_transitions(raw: dict[str, np.ndarray]) -> dict[str, Tensor]:
 
 # ===== C. Environments ============================================================================
 # D4RL's tasks run on gymnasium's simulators, changed where those are not what D4RL had. Any other
-# environment that is registered with gymnasium works as well, and may enter rules in the tables.
+# environment that is registered with gymnasium works as well. A file of your own imports the
+# script, calls gymnasium.register(id, entry_point=..., max_episode_steps=...), and may fill its
+# tables ENDS[id] (rule of ending), REFERENCES[id] (returns of the scores 0 and 100) and PAPER[id]
+# (settings). It ends in the script's main(); --dataset-path names its data.
 def family_of(env_id: str) -> str:
     """The first word of an id: hopper of hopper-medium-v2 and of Hopper-v4."""
     return env_id.split("-")[0].lower()
