@@ -999,6 +999,8 @@ def select(folders: tuple[str, ...]) -> str:
 
 def check_comparable(folder: str, result: dict, first_folder: str, first: dict) -> None:
     """Stop unless two runs differ in beta, f and MAY_DIFFER alone. Raises SystemExit."""
+    if result["kind"] != first["kind"]:
+        sys.exit(f"{folder} is a run of {result['kind']}, {first_folder} of {first['kind']}")
     if result["env_id"] != first["env_id"]:
         sys.exit(f"{folder} is on {result['env_id']}, {first_folder} on {first['env_id']}")
     if result["sha256"] != first["sha256"]:
