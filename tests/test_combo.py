@@ -366,6 +366,7 @@ def test_settings_that_contradict_each_other():
 def write_result(folder: Path, changes: dict, **flags) -> str:
     """A result.json as a finished run leaves it, as far as --select looks. -> the folder"""
     content = {
+        "kind": "COMBO",
         "env_id": "hopper-medium-v2",
         "sha256": "of the data",
         "conservative_gap": 1.0,
@@ -405,6 +406,7 @@ def test_flags_that_may_differ(name, tmp_path):
 
 REFUSED = [
     ({"conservative_gap": math.nan}, {}, "b has no conservative_gap: is it a run of combo.py?"),
+    ({"kind": "Mine"}, {}, "b is a run of Mine, .*a of COMBO"),
     ({"env_id": "hopper-random-v2"}, {}, "b is on hopper-random-v2, .*a on hopper-medium-v2"),
     ({"sha256": "of other data"}, {}, "b and .*a are on other data: the files' sha256 differ"),
     ({}, {"horizon": 1}, "b has horizon 1, .*a has 5: --select needs one"),
