@@ -1,10 +1,7 @@
-"""Datasets: which rows become which transitions, where files are found, what is refused."""
+"""Datasets: which rows become which transitions, what is refused."""
 
 import hashlib
-import http.server
-import os
 import re
-import threading
 from pathlib import Path
 
 import h5py
@@ -174,6 +171,7 @@ def test_counts_and_score(tmp_path, capsys):
     score = 100 * (np.mean([3, 12, 6, 15]) - 23.85) / (161.86 - 23.85)
     assert source["data_score"] == pytest.approx(score)
     assert source["dataset"] == path
+    assert source["obtained_from"] == "a local file (no sha256 is known to compare it with)"
     assert source["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert source["rows"] == 11
     line = f"{path}: 11 rows, 4 whole episodes with a mean score of {score:.1f}"
@@ -323,92 +321,3 @@ def test_dictionary_observations_are_refused(tmp_path):
     parts = {"observations/observation": np.zeros((4, 4)), "rewards": np.zeros(3)}
     path = write_minari(tmp_path / "main_data.hdf5", [parts])
     assert "dictionaries" in refusal(load, path)
-
-
-# --- finding and downloading ---
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A dataset server on this machine; it sends `cut` bytes of `body`."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            server.requests += 1
-            self.send_response(server.status)
-            self.send_header("Content-Length", str(len(server.body)))
-            self.end_headers()
-            self.wfile.write(server.body[: server.cut])
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.body = Path(write(tmp_path / "origin.hdf5", rows())).read_bytes()
-        server.requests = 0
-        server.cut = None
-        server.status = 200
-        server.url = f"http://127.0.0.1:{server.server_port}/maze.hdf5"
-        server.folder = tmp_path / "new" / "cache"
-
-        def d4rl_tables():
-            return {"DATASET_URLS": {MAZE: server.url, "pen-human-v1": server.url}}
-
-        monkeypatch.setattr(ampl, "d4rl_tables", d4rl_tables)
-        monkeypatch.setenv("D4RL_DATASET_DIR", str(server.folder))
-        monkeypatch.setenv("no_proxy", "*")
-        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-
-
-def test_search_order(server, tmp_path, monkeypatch):
-    """--dataset-path, then D4RL's folder, then its server; each hit ends the search."""
-    own = write(tmp_path / "own.hdf5", rows())
-    assert ampl.find_dataset(ampl.Args(env_id=MAZE, dataset_path=own)) == Path(own)
-    assert server.requests == 0
-    assert not server.folder.exists()
-
-    for _ in range(2):  # the second time it is there
-        path = ampl.find_dataset(ampl.Args(env_id=MAZE))
-        assert path.read_bytes() == server.body
-    assert server.requests == 1
-    assert os.listdir(server.folder) == ["maze.hdf5"]
-
-    monkeypatch.delenv("D4RL_DATASET_DIR")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    home = tmp_path / ".d4rl/datasets"
-    assert ampl.find_dataset(ampl.Args(env_id=MAZE)) == home / "maze.hdf5"
-    write(home / "Pendulum-v1.hdf5", rows())  # the folder may hold one's own, too
-    assert ampl.find_dataset(ampl.Args(env_id="Pendulum-v1")) == home / "Pendulum-v1.hdf5"
-    assert "--dataset-path" in refusal(ampl.find_dataset, ampl.Args(env_id="Hopper-v4"))
-
-
-BAD_DOWNLOADS = [
-    {"cut": 900},
-    {"body": b"<html>please log in</html>"},
-    {"body": b""},
-    {"status": 404},
-    {"url": "http://127.0.0.1:9/maze.hdf5"},  # nobody listens there
-]
-
-
-@pytest.mark.parametrize("manners", BAD_DOWNLOADS)
-def test_a_bad_download_leaves_nothing_behind(manners, server):
-    """No part of it gets the name of the dataset. One sentence says what helps: not collect.py."""
-    good = {name: getattr(server, name) for name in manners}
-    vars(server).update(manners)
-    sentence = refusal(ampl.find_dataset, ampl.Args(env_id="pen-human-v1"))
-    assert "pen-human-v1" in sentence
-    assert server.url in sentence
-    assert str(server.folder / "maze.hdf5") in sentence
-    assert "--dataset-path" in sentence
-    assert "minari download D4RL/pen/human-v2" in sentence
-    assert "D4RL/pen/human-v2/data/main_data.hdf5" in sentence
-    assert "collect" not in sentence
-    assert "collect.py makes one anew" in refusal(ampl.find_dataset, ampl.Args(env_id=MAZE))
-    assert os.listdir(server.folder) == []
-    vars(server).update(good)
-    path = ampl.find_dataset(ampl.Args(env_id="pen-human-v1"))
-    assert path.read_bytes() == server.body
