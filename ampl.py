@@ -2,8 +2,15 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "d4rl==1.1", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "h5py==3.16.0",
-#   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow", "tensorboard==2.21.0",
+#   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# override-dependencies = [
+#   "click; python_version < '0'", "dm-control; python_version < '0'",
+#   "gym; python_version < '0'", "mjrl; python_version < '0'",
+#   "mujoco-py; python_version < '0'", "pybullet; python_version < '0'",
+#   "termcolor; python_version < '0'",
 # ]
 # ///
 """AMPL, offline Alternating Model-Policy Learning, in one file (Yang et al., NeurIPS 2022).
@@ -99,6 +106,7 @@ import hashlib
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -115,6 +123,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+# Threads that wait for work spin, which stops the others on a busy machine: beside one more process
+# an iteration took 518 ms instead of 26. With this it takes 67, and 29 on an idle machine.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
 import gymnasium
 import h5py
@@ -213,7 +226,7 @@ class Args:
     eval_candidates: Count = 10  # sampled actions per step, the best by Q of which is taken
     # --- how it runs (ours) ---
     run_dir: str = "runs"  # parent of the run folders
-    resume: str | None = None  # folder of a run to continue; only --total-iterations may change
+    resume: str | None = None  # folder of a run to continue, perhaps with more iterations
     evaluate: str | None = None  # folder of a run whose policy is scored, without training
     dynamics_from: str | None = None  # run whose unweighted model replaces the first fit
     track: bool = False  # logging to Weights and Biases as well (needs `pip install wandb`)
@@ -1158,7 +1171,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
             k = i // args.model_retrain_every
             omega = ampl.fit_omega(k, run.progress)  # Eq. (11)
             ampl.fit_model(k, omega, run.progress)  # Eq. (6)
-            np.save(run.folder / f"omega{i}.npy", omega.cpu())  # for the paper's Figure 2
+            save(omega.cpu().numpy(), run.folder / f"omega{i}.npy")  # for the paper's Figure 2
         if i % args.rollout_every == 0:  # Paper: every iteration. Code: every 250.
             reseed(args.seed, "rollout", i)  # its draws do not shift those of the iterations
             rollout_logs = rollout()  # into D_model
@@ -1213,7 +1226,7 @@ def main(settings: type = Args, method: type = AMPL) -> None:
 # A setting is what its flag says, else what a derived class of settings says, else what the task's
 # row of `PAPER` says, else what `Args` says.
 # --resume and --evaluate start from the settings of a saved run, and let only a few flags be new.
-NEW_WITH_RESUME = ("total_iterations",)
+NEW_WITH_RESUME = ("total_iterations", "dataset_path")  # the data must be the same, by sha256
 NEW_WITH_EVALUATE = ("seed", "eval_episodes", "final_episodes", "async_envs", "capture_video")
 
 
@@ -1225,6 +1238,7 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     """
     hide_unused_flags(settings)
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
+    first = expand_home(first)
     if first.resume is not None:
         default = dataclasses.replace(load_args(first.resume, settings), resume=first.resume)
     elif first.evaluate is not None:
@@ -1232,14 +1246,14 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     else:
         default = task_args(first.env_id, settings)
 
-    module_docstring = sys.modules[settings.__module__].__doc__ or ""
     args = tyro.cli(
         settings,
         args=argv,
         default=default,
-        description="\n\n".join(module_docstring.split("\n\n")[:2]),
+        description=help_header(settings),
         config=(tyro.conf.SuppressFixed,),
     )
+    args = expand_home(args)
     if first.resume is not None:
         refuse_new_flags("--resume", args, default, NEW_WITH_RESUME)
     elif first.evaluate is not None:
@@ -1248,6 +1262,28 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
         sys.exit("--track needs Weights and Biases: pip install wandb")
     check_args(args)
     return args
+
+
+def expand_home(args: Args) -> Args:
+    """The settings with the home folder in place of a ~ at the beginning of a text."""
+    changes = {}
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value.startswith("~"):
+            changes[name] = os.path.expanduser(value)
+    return dataclasses.replace(args, **changes)
+
+
+def help_header(settings: type) -> str:
+    """What --help begins with: the first two sentences of the script, and its usual commands."""
+    module = sys.modules[settings.__module__]
+    sentences = " ".join((module.__doc__ or "").split()).split(". ")[:2]
+    script = Path(module.__file__).name
+    commands = [
+        f"python {script} --env-id {settings.env_id}",
+        f"python {script} --resume runs/<run>",
+        f"python {script} --evaluate runs/<run> --capture-video",
+    ]
+    return "\n\n".join([". ".join(sentences) + ".", *commands])
 
 
 def task_args(env_id: str, settings: type = Args, **flags) -> Args:
@@ -1880,11 +1916,12 @@ def describe(path: Path, raw: dict[str, np.ndarray], env_id: str) -> float:
     # The last piece is no whole episode: it has the rows after the last end, if there are any.
     episodes = np.split(raw["rewards"], ends + 1)[:-1]
     returns = np.array([rewards.sum(dtype=np.float64) for rewards in episodes])
-    score = float(d4rl_score(env_id, returns).mean())
+    score = float(scores_of(env_id, returns).mean())
     if raw["terminals"].any() and not {env_id, family_of(env_id)} & ENDS.keys():
         print("note: this task's rule of ending is unknown: rollouts end only far outside the data")
     size = len(raw["rewards"])
-    print(f"{path}: {size} rows, {len(returns)} whole episodes with a mean score of {score:.1f}")
+    measure = measure_of(env_id)
+    print(f"{path}: {size} rows, {len(returns)} whole episodes, their mean {measure} {score:.1f}")
     return score
 
 
@@ -2103,20 +2140,32 @@ def known_termination(env_id: str, next_obs: Tensor) -> Tensor:
 REFERENCES: dict[str, tuple[float, float]] = {}
 
 
-def reference_returns(env_id: str) -> tuple[float, float]:
-    """The returns that make scores 0 and 100. Without references a score is the return itself."""
+def reference_returns(env_id: str) -> tuple[float, float] | None:
+    """The returns that make normalized scores 0 and 100, or None for a task without them."""
     if env_id in REFERENCES:
         return REFERENCES[env_id]
     low = d4rl_entry("REF_MIN_SCORE", env_id)
     if low is None:
-        return 0.0, 100.0
+        return None
     return low, d4rl_entry("REF_MAX_SCORE", env_id)
 
 
-def d4rl_score(env_id: str, returns: np.ndarray) -> np.ndarray:
-    """D4RL's normalized score of each return: 100 * (return - low) / (high - low)."""
-    low, high = reference_returns(env_id)
-    return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
+def measure_of(env_id: str) -> str:
+    """What a task's scores are: "normalized score", or without references "return"."""
+    return "return" if reference_returns(env_id) is None else "normalized score"
+
+
+def scores_of(env_id: str, returns: np.ndarray) -> np.ndarray:
+    """D4RL's normalized score of each return: 100 * (return - low) / (high - low).
+
+    Without references a score is the return itself.
+    """
+    returns = np.asarray(returns, np.float64)
+    references = reference_returns(env_id)
+    if references is None:
+        return returns
+    low, high = references
+    return 100 * (returns - low) / (high - low)
 
 
 # ----- simulators -----
@@ -2359,7 +2408,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
             # Environment i is seeded with i more: no two episodes of whatever seeds begin alike.
             env_seed = 10**10 * args.seed + 1000 * (k + first)
             returns = one_episode_each(method, envs, env_seed)
-            scores.append(d4rl_score(args.env_id, returns))
+            scores.append(scores_of(args.env_id, returns))
     return np.concatenate(scores)[:episodes]
 
 
@@ -2384,25 +2433,38 @@ def one_episode_each(
 def report(method: nn.Module, args: Args, final: np.ndarray, run: Path) -> None:
     """Print the mean of the scores `final` [episodes] with its standard error; render if asked."""
     error = final.std() / len(final) ** 0.5
-    print(f"normalized score over {len(final)} episodes: {final.mean():.1f} +- {error:.1f}")
+    measure = measure_of(args.env_id)
+    print(f"{measure} over {len(final)} episodes: {final.mean():.1f} +- {error:.1f}")
     if args.capture_video:
         record_episode(method, args, run / "episode.gif")
 
 
 def record_episode(method: nn.Module, args: Args, path: Path) -> None:
-    """Save an episode as a GIF, every third step of it."""
+    """Save an episode as a GIF of about 20 frames a second, at the speed of the environment."""
     env = make_env(args.env_id, render_mode="rgb_array")
+    steps_per_second = env.metadata.get("render_fps") or 30
+    every = max(1, round(steps_per_second / 20))  # steps of the environment per frame
     obs, _ = env.reset(seed=args.seed)
     frames = []
     over = False
-    while not over:
-        try:
-            frames.append(Image.fromarray(env.render()))
-        except Exception as error:  # every OpenGL backend fails in its own way
-            sys.exit(f"cannot render ({error}); without a screen set MUJOCO_GL=egl or osmesa")
-        obs, _, terminated, truncated, _ = env.step(method.act(obs[None])[0])
-        over = terminated or truncated
-    frames[0].save(path, save_all=True, append_images=frames[3::3], duration=50, loop=0)
+    with contextlib.closing(Bar("episode.gif", None)) as bar:
+        for step in itertools.count():
+            if step % every == 0:
+                try:
+                    frames.append(Image.fromarray(env.render()))
+                except Exception as error:  # every OpenGL backend fails in its own way
+                    advice = "without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+                    sys.exit(f"cannot render ({error}); {advice}")
+            if over:
+                break
+            obs, _, terminated, truncated, _ = env.step(method.act(obs[None])[0])
+            over = terminated or truncated
+            bar.move_to(step, "")
+    milliseconds = 1000 * every / steps_per_second
+    film = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
+    with replacing(path) as file:
+        frames[0].save(file, "GIF", **film)
+    print(f"an episode of {step} steps: {path}")
 
 
 # ===== F. The run's folder ========================================================================
@@ -2505,45 +2567,64 @@ class Run:
         self.method = method
         self.source = source
         self.iteration = 0  # how many are done
+        self.measure = measure_of(args.env_id)
         self.curve = []  # [iteration, score] of each evaluation
         self.started = time.monotonic()  # less the seconds before --resume
-        files = source_files(type(method))
         self.algo = name_of(type(method))
+        self.bar = Bar(self.algo, args.total_iterations)
+        self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
+        self.phase_points = 0  # how often that phase has reported
 
-        name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        check_optimizers(method)
+        note_changes(args)
+        vector_env.cache_clear()  # a notebook may have changed the task since the last run
         if args.resume:
             self.folder = Path(args.resume)
             saved = dataclasses.replace(load_args(args.resume, type(args)), resume=args.resume)
             refuse_new_flags("--resume", args, saved, ("run_dir", *NEW_WITH_RESUME))
             self.load_checkpoint()
+            self.bar = Bar(self.algo, args.total_iterations, self.iteration)
         else:
-            self.folder = Path(args.run_dir).expanduser() / name.replace("/", "-")
-            if self.folder.exists():
-                sys.exit(f"{self.folder} is there already: start again in a second")
+            self.folder = self.new_folder()
         self.first_iteration = self.iteration
-        save(vars(args) | {"resume": None}, self.folder / "args.json")
-        for file in files:
-            (self.folder / file.name).write_bytes(file.read_bytes())
-
+        self.save_origin()
         if args.track:
-            wandb = importlib.import_module("wandb")
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=name,
-                config=vars(args),
-                sync_tensorboard=True,
-            )
+            self.start_wandb()
         # What TensorBoard has of iterations after the checkpoint is hidden: they are done again.
         purge_step = self.iteration + 1 if args.resume else None
         self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
-        self.bar = Bar(self.algo, args.total_iterations, self.iteration)
-        self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
-        self.phase_points = 0  # how often that phase has reported
-        check_optimizers(method)
-        note_changes(args)
-        vector_env.cache_clear()  # a notebook may have changed the task since the last run
         self.bar.write(f"this run writes to {self.folder}")
+
+    def new_folder(self) -> Path:
+        """Where a new run writes to. Raises SystemExit if the folder is there already."""
+        args = self.args
+        name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(args.run_dir).expanduser() / name.replace("/", "-")
+        if folder.exists():
+            sys.exit(f"{folder} is there already: start again in a second")
+        return folder
+
+    def save_origin(self) -> None:
+        """Save the settings and the scripts."""
+        settings = vars(self.args) | {"resume": None}
+        if self.args.dataset_path:  # --resume may be called from another folder
+            settings["dataset_path"] = str(Path(self.args.dataset_path).expanduser().absolute())
+        save(settings, self.folder / "args.json")
+        for file in source_files(type(self.method)):
+            (self.folder / file.name).write_bytes(file.read_bytes())
+
+    def start_wandb(self) -> None:
+        """Log to Weights and Biases. A resumed run goes on there, too, by its folder's name."""
+        wandb = importlib.import_module("wandb")
+        wandb.init(
+            project=self.args.wandb_project_name,
+            entity=self.args.wandb_entity,
+            name=self.folder.name,
+            id=hashlib.sha256(self.folder.name.encode()).hexdigest()[:16],
+            resume="allow",
+            config=vars(self.args),
+            sync_tensorboard=True,
+        )
 
     def log(self, phase: str, logs: dict[str, Tensor | float], point: int = 0) -> None:
         """Write scalars to TensorBoard at the present iteration, plus `point` for a phase's points.
@@ -2582,7 +2663,7 @@ class Run:
         self.iteration += 1
         if self.iteration == self.first_iteration + 1:
             note_idle_parameters(self.method)
-        last_score = f"score {self.curve[-1][1]:.1f}" if self.curve else ""
+        last_score = f"{self.measure} {self.curve[-1][1]:.1f}" if self.curve else ""
         self.bar.move_to(self.iteration, last_score)
 
     def add_to_curve(self) -> None:
@@ -2590,8 +2671,8 @@ class Run:
         scores = evaluate(self.method, self.args, self.args.eval_episodes, self.iteration)
         score = float(scores.mean())  # NumPy's own float could not be loaded with weights_only
         self.curve.append([self.iteration, score])
-        self.log("evaluation", {"eval/normalized_score": score})
-        self.bar.write(f"iteration {self.iteration}: score {score:.1f}")
+        self.log("evaluation", {"eval/" + self.measure.replace(" ", "_"): score})
+        self.bar.write(f"iteration {self.iteration}: {self.measure} {score:.1f}")
 
     def save_checkpoint(self) -> None:
         """Save policy.pt, curves.png and checkpoint.pt.
@@ -2637,7 +2718,8 @@ class Run:
                 sys.exit(f"{self.folder} is a run on other data, {saved['dataset']} as it was")
             if saved["iteration"] > self.args.total_iterations:
                 done = saved["iteration"]
-                sys.exit(f"{self.folder} has done {done} iterations: raise --total-iterations")
+                advice = f"raise --total-iterations above {done}, or leave it out"
+                sys.exit(f"{self.folder} has done {done} iterations already: {advice}")
             method.load_state_dict(saved["method"])
             for name, optimizer in optimizers_of(method):
                 load_optimizer(optimizer, saved["optimizers"][name])
@@ -2655,8 +2737,9 @@ class Run:
         iterations, scores = zip(*self.curve)
         axes = Figure(layout="constrained").subplots()
         axes.plot(iterations, scores)
-        axes.set(xlabel="iteration", ylabel="score", title=f"{self.algo} on {self.args.env_id}")
-        axes.figure.savefig(self.folder / "curves.png")
+        title = f"{self.algo} on {self.args.env_id}"
+        axes.set(xlabel="iteration", ylabel=self.measure, title=title)
+        save(axes.figure, self.folder / "curves.png")
 
     def finish(self) -> dict:
         """Evaluate the last policy on more episodes, and save and return what result.json holds."""
@@ -2680,6 +2763,7 @@ class Run:
             "seed": args.seed,
             "args": vars(args),
             "seconds": seconds,
+            "measure": self.measure,
             "last": scores[-1],
             "mean_last_ten": mean_last_ten,
             "final_mean": final.mean(),
@@ -2780,21 +2864,35 @@ def note_idle_parameters(method: nn.Module) -> None:
 
 
 # ----- files -----
-def save(content: dict, path: Path) -> None:
-    """Write tensors and plain values, or JSON. Whatever happens, the file is the old or the new."""
+@contextlib.contextmanager
+def replacing(path: Path):
+    """`with replacing(path) as file:` to write a file that is the old or the new, come what may.
+
+    Raises SystemExit, in one sentence, where there is no room or no permission.
+    """
     part = f"{path}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            if path.suffix == ".json":
-                file.write(json.dumps(content, indent=1).encode())
-            else:
-                torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # else the new name might be on the disk before the content
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         sys.exit(f"cannot write {path} ({error}); what was there is unharmed")
+
+
+def save(content, path: Path) -> None:
+    """Write JSON, an array (.npy), a figure (.png), or tensors and plain values (.pt)."""
+    with replacing(path) as file:
+        if path.suffix == ".json":
+            file.write(json.dumps(content, indent=1).encode())
+        elif path.suffix == ".npy":
+            np.save(file, content)
+        elif path.suffix == ".png":
+            content.savefig(file, format="png")
+        else:
+            torch.save(content, file)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,15 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "d4rl==1.1", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "h5py==3.16.0",
-#   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow", "tensorboard==2.21.0",
+#   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# override-dependencies = [
+#   "click; python_version < '0'", "dm-control; python_version < '0'",
+#   "gym; python_version < '0'", "mjrl; python_version < '0'",
+#   "mujoco-py; python_version < '0'", "pybullet; python_version < '0'",
+#   "termcolor; python_version < '0'",
 # ]
 # ///
 """Make anew the datasets that no server hosts, each by its published recipe. The file goes to
@@ -64,6 +71,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import mopo  # before torch: it sets how threads wait
+
 import gymnasium
 import h5py
 import mujoco
@@ -72,7 +81,6 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-import mopo
 from mopo import Count, CountOrZero, NonNegative, Positive, Share
 
 
@@ -626,8 +634,11 @@ class SACCollection:
         self.check_finite()
         steps = self.records["SAC"].count
         scores = mopo.evaluate(self.sac, self.args, self.args.eval_episodes, steps)
-        low, high = mopo.reference_returns(self.args.env_id)
-        mean_return = low + float(scores.mean()) / 100 * (high - low)
+        mean_return = float(scores.mean())
+        references = mopo.reference_returns(self.args.env_id)
+        if references is not None:  # then a score is not the return itself
+            low, high = references
+            mean_return = low + mean_return / 100 * (high - low)
         self.curve.append([steps, mean_return])
         return mean_return
 

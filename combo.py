@@ -2,8 +2,15 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "d4rl==1.1", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "h5py==3.16.0",
-#   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow", "tensorboard==2.21.0",
+#   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# override-dependencies = [
+#   "click; python_version < '0'", "dm-control; python_version < '0'",
+#   "gym; python_version < '0'", "mjrl; python_version < '0'",
+#   "mujoco-py; python_version < '0'", "pybullet; python_version < '0'",
+#   "termcolor; python_version < '0'",
 # ]
 # ///
 """COMBO, Conservative Offline Model-Based Policy Optimization, in one file (Yu et al. 2021).
@@ -68,21 +75,34 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import errno
 import functools
 import hashlib
+import http.client
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
+import platform
+import re
 import runpy
+import shlex
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+# Threads that wait for work spin, which stops the others on a busy machine: beside one more process
+# an iteration took 518 ms instead of 26. With this it takes 67, and 29 on an idle machine.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+    os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
 import gymnasium
 import h5py
@@ -163,7 +183,7 @@ class Args:
     final_episodes: Count = 100  # episodes of the last evaluation (ours: ten are too noisy)
     # --- how it runs (ours) ---
     run_dir: str = "runs"  # parent of the run folders
-    resume: str | None = None  # folder of a run to continue; only --total-iterations may change
+    resume: str | None = None  # folder of a run to continue, perhaps with more iterations
     evaluate: str | None = None  # folder of a run whose policy is scored, without training
     select: tuple[str, ...] | None = None  # folders of runs of which one is chosen, without scores
     probe_uncertainty: str | None = None  # folder of a run whose model's errors are drawn
@@ -1179,7 +1199,7 @@ for name, kind in (("halfcheetah-jump-v0", HalfCheetahJumpEnv), ("ant-angle-v0",
 # A setting is what its flag says, else what a derived class of settings says, else what the task's
 # row of `PAPER` says, else what `Args` says.
 # --resume and --evaluate start from the settings of a saved run, and let only a few flags be new.
-NEW_WITH_RESUME = ("total_iterations",)
+NEW_WITH_RESUME = ("total_iterations", "dataset_path")  # the data must be the same, by sha256
 NEW_WITH_EVALUATE = ("seed", "eval_episodes", "final_episodes", "async_envs", "capture_video")
 
 
@@ -1191,6 +1211,7 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     """
     hide_unused_flags(settings)
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
+    first = expand_home(first)
     if first.resume is not None:
         default = dataclasses.replace(load_args(first.resume, settings), resume=first.resume)
     elif first.evaluate is not None:
@@ -1198,14 +1219,14 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     else:
         default = task_args(first.env_id, settings)
 
-    module_docstring = sys.modules[settings.__module__].__doc__ or ""
     args = tyro.cli(
         settings,
         args=argv,
         default=default,
-        description="\n\n".join(module_docstring.split("\n\n")[:2]),
+        description=help_header(settings),
         config=(tyro.conf.SuppressFixed,),
     )
+    args = expand_home(args)
     if first.resume is not None:
         refuse_new_flags("--resume", args, default, NEW_WITH_RESUME)
     elif first.evaluate is not None:
@@ -1214,6 +1235,28 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
         sys.exit("--track needs Weights and Biases: pip install wandb")
     check_args(args)
     return args
+
+
+def expand_home(args: Args) -> Args:
+    """The settings with the home folder in place of a ~ at the beginning of a text."""
+    changes = {}
+    for name, value in vars(args).items():
+        if isinstance(value, str) and value.startswith("~"):
+            changes[name] = os.path.expanduser(value)
+    return dataclasses.replace(args, **changes)
+
+
+def help_header(settings: type) -> str:
+    """What --help begins with: the first two sentences of the script, and its usual commands."""
+    module = sys.modules[settings.__module__]
+    sentences = " ".join((module.__doc__ or "").split()).split(". ")[:2]
+    script = Path(module.__file__).name
+    commands = [
+        f"python {script} --env-id {settings.env_id}",
+        f"python {script} --resume runs/<run>",
+        f"python {script} --evaluate runs/<run> --capture-video",
+    ]
+    return "\n\n".join([". ".join(sentences) + ".", *commands])
 
 
 def task_args(env_id: str, settings: type = Args, **flags) -> Args:
@@ -1346,9 +1389,13 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
         reason = " ".join(str(error).split())
         sys.exit(f"{path} is missing, cut or no D4RL file ({reason})")
     check_episodes(path, raw)
+    sha256 = hashlib.sha256(content).hexdigest()
+    origin = "arrays" if arrays is not None else origin_of(path, sha256)
+    print(f"data from {origin}")
     source = {
         "dataset": str(path),
-        "sha256": hashlib.sha256(content).hexdigest(),
+        "obtained_from": origin,
+        "sha256": sha256,
         "rows": len(raw["rewards"]),
         "data_score": describe(path, raw, args.env_id),
     }
@@ -1370,55 +1417,362 @@ D4RL_KEYS = (
 
 
 # ----- find -----
+# A file is looked for in the folders of D4RL and of Minari, then fetched from one source after
+# another: D4RL's server, a mirror of it, Minari. What is printed says which is next and why. A
+# source that fails leaves nothing that could be taken for data.
+SILENCE = 30.0  # s without a byte after which a server counts as gone
+PAUSE = 5.0  # s until the same server is asked again
+TRIES = 3  # how often in a row a server may bring nothing new before its URL is given up
+BUSY = (429, 500, 502, 503, 504)  # HTTP's words of a server that may answer a little later
+NO_D4RL = "D4RL's tables are missing: pip install --no-deps d4rl==1.1"
+# Not every file of the mirror is intact: it is asked only for those whose sha256 is known.
+MIRROR = "datasets/imone/D4RL/resolve/9ed58d8a76c12f4c1cb5db51fa71389e703d2ec5"
+MINARI = "datasets/farama-minari/D4RL/resolve/main"
+COLLECTED = re.compile(  # the tasks whose data collect.py can make
+    r"maze2d-(eval-)?(umaze|medium|large)(-dense)?-v1"
+    r"|(hopper|halfcheetah|walker2d)-(random|medium|medium-replay|medium-expert|expert)-v2"
+    r"|halfcheetah-jump-v0|ant-angle-v0"
+)
+
+
+class Source(NamedTuple):
+    """Where a task's file may be had."""
+
+    name: str
+    url: str
+    path: Path  # where the file is kept
+    check: Callable[[Path, str, str], None]  # raises ValueError for a file that is not accepted
+
+
 @functools.cache
 def d4rl_tables() -> dict[str, dict]:
-    """DATASET_URLS, REF_MIN_SCORE and REF_MAX_SCORE of the installed package d4rl, by task.
+    """DATASET_URLS, REF_MIN_SCORE and REF_MAX_SCORE of d4rl, by task; empty if not installed.
 
     `import d4rl` would need mujoco_py, so the one file that holds the tables is run by itself.
     """
     package = importlib.util.find_spec("d4rl")
     if package is None:
-        sys.exit("d4rl's tables are missing: pip install --no-deps d4rl==1.1")
+        return {"DATASET_URLS": {}, "REF_MIN_SCORE": {}, "REF_MAX_SCORE": {}}
     return runpy.run_path(os.path.join(package.submodule_search_locations[0], "infos.py"))
 
 
+def d4rl_entry(table: str, env_id: str) -> str | float | None:
+    """What a table of d4rl has for a task; None for a task that is not D4RL's.
+
+    Raises SystemExit for D4RL's tasks if d4rl is not installed: without it a return would pass
+    for a score. Other environments work without.
+    """
+    entries = d4rl_tables()[table]
+    d4rl_family = env_id.split("-")[0] in (*SIMULATORS, "maze2d")  # gymnasium's have capitals
+    if d4rl_family and not entries and env_id not in gymnasium.registry:
+        sys.exit(f"{env_id}: {NO_D4RL}")
+    return entries.get(env_id)
+
+
 def find_dataset(args: Args) -> Path:
-    """--dataset-path, else the task's file in D4RL's folder, else a download into that folder."""
+    """--dataset-path, else the task's file in D4RL's or Minari's folder, else a download."""
     if args.dataset_path:
-        return Path(args.dataset_path)
-    url = d4rl_tables()["DATASET_URLS"].get(args.env_id)
-    name = f"{args.env_id}.hdf5" if url is None else url.rsplit("/", 1)[-1]
-    folder = Path(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets").expanduser()
-    path = folder / name
+        return Path(args.dataset_path).expanduser()
+    env_id = args.env_id
+    url = d4rl_entry("DATASET_URLS", env_id)
+    path = d4rl_path(env_id, url)
     if path.exists():
         return path
+    if url is None and COLLECTED.fullmatch(env_id):
+        sys.exit(f"there is no {path}, and no server has it: python collect.py --env-id {env_id}")
     if url is None:
-        sys.exit(f"{args.env_id} is no D4RL dataset: name an HDF5 file with --dataset-path")
-    download(url, path, args.env_id)
-    return path
+        sys.exit(f"{env_id} is no D4RL dataset: name an HDF5 file with --dataset-path")
+    if family_of(env_id) in ADROIT and minari_path(env_id).exists():
+        print(f"there is no {path}, but Minari's file; delete that to look for D4RL's again")
+        return minari_path(env_id)
+    return download(env_id, url)
 
 
-def download(url: str, path: Path, env_id: str) -> None:
-    """Fetch D4RL's file. Only a whole HDF5 file gets the name `path`; a failure leaves nothing."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")  # another run may fetch it as well
+def d4rl_path(env_id: str, url: str | None) -> Path:
+    """Where d4rl keeps a task's file. One's own data may lie there as well, under the task's id."""
+    name = f"{env_id}.hdf5" if url is None else url.rsplit("/", 1)[-1]
+    folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
+    return Path(folder).expanduser() / name
+
+
+def minari_name(env_id: str) -> str:
+    """pen/human-v2 of pen-human-v1."""
+    return env_id.rsplit("-", 1)[0].replace("-", "/", 1) + "-v2"
+
+
+def minari_path(env_id: str) -> Path:
+    """Where minari keeps the data set of an Adroit task."""
+    folder = os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets"
+    return Path(folder).expanduser() / "D4RL" / minari_name(env_id) / "data/main_data.hdf5"
+
+
+def sources_of(env_id: str, url: str) -> list[Source]:
+    """Where the file of a D4RL task may be had, in the order in which it is tried."""
+    path = d4rl_path(env_id, url)
+    encrypted = url.replace("http://", "https://", 1)  # d4rl's table has http
+    sources = [Source("D4RL's server", encrypted, path, check_d4rl)]
+    if url != encrypted:
+        sources.append(Source("D4RL's server, unencrypted", url, path, check_d4rl))
+    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    if path.name in D4RL_FILES:
+        name = "a mirror (accepted only with D4RL's sha256)"
+        sources.append(Source(name, f"{hub}/{MIRROR}/{path.name}", path, check_mirror))
+    if family_of(env_id) in ADROIT:
+        name = "Minari (its re-recorded episodes, not D4RL's bytes)"
+        minari_url = f"{hub}/{MINARI}/{minari_name(env_id)}/data/main_data.hdf5"
+        sources.append(Source(name, minari_url, minari_path(env_id), check_minari))
+    return sources
+
+
+def download(env_id: str, url: str) -> Path:
+    """The file of the first source that has it. Raises SystemExit with what helps instead."""
+    path = d4rl_path(env_id, url)
+    why = f"there is no {path}"
+    failures = []
+    for source in sources_of(env_id, url):
+        print(f"{why}; next: {source.name}, {source.url}", flush=True)
+        try:
+            obtain(source)
+            return source.path
+        except Exception as error:  # the network, the disk and HDF5 raise errors of their own
+            reason = " ".join(str(error).split())[:120] or type(error).__name__
+            why = f"that failed ({reason})"
+            failures.append(f"{source.name}: {reason}")
+
+    lines = [f"no data for {env_id} ({'; '.join(failures)}). By hand (or name a --dataset-path):"]
+    lines.append(f"curl -fL -C - --create-dirs -o {shlex.quote(str(path))} {url}")
+    if family_of(env_id) in ADROIT:
+        minari_id = f"D4RL/{minari_name(env_id)}"
+        lines.append(f'pip install "minari[hdf5,hf]" && minari download {minari_id}')
+    elif COLLECTED.fullmatch(env_id):
+        lines.append(f"python collect.py --env-id {env_id}  # makes data anew by D4RL's recipe")
+    sys.exit("\n".join(lines))
+
+
+def obtain(source: Source) -> None:
+    """Fetch a file; only a whole one that passes its check gets its name.
+
+    What it is fetched into bears the names of machine and process, since several may fetch it at
+    once. What a killed process left is taken away an hour later.
+    """
+    path = source.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for part in path.parent.glob(f"{path.name}.*.part"):
+        with contextlib.suppress(FileNotFoundError):  # its process ended just now
+            if time.time() - part.stat().st_mtime > 3600:
+                part.unlink()
+
+    part = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.part")
+    record = part.with_suffix(".json.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(part))
-        h5py.File(part).close()  # raises where the file is cut, or is a page that asks to log in
+        fetch(source.url, part)
+        if not h5py.is_hdf5(part):
+            start = part.read_bytes()[:20]
+            raise ValueError(f"what came is no HDF5 file, but begins with {start}")
+        h5py.File(part).close()  # raises OSError where the file is cut
+        with open(part, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        source.check(part, path.name, sha256)
+        record.write_text(json.dumps({"url": source.url, "sha256": sha256}))
+        os.replace(record, record_path(path))
         os.replace(part, path)
-    except Exception as error:  # the network, the disk and HDF5 raise errors of their own
+    finally:
         part.unlink(missing_ok=True)
-        way = other_source(env_id)
-        sys.exit(f"no {env_id} data ({error}): put {url} at {path}, or --dataset-path; {way}")
+        record.unlink(missing_ok=True)
+    print(f"got {path} with sha256 {sha256}", flush=True)
 
 
-def other_source(env_id: str) -> str:
-    """Where a user gets the data of a D4RL task if D4RL's own server does not answer."""
-    if family_of(env_id) not in ADROIT:
-        return "collect.py makes one anew (Minari's sets of this name are other data)"
-    name = env_id.rsplit("-", 1)[0].replace("-", "/", 1)  # pen-human-v1 -> pen/human
-    minari = f"D4RL/{name}-v2"
-    return f"minari download {minari}: ~/.minari/datasets/{minari}/data/main_data.hdf5"
+def fetch(url: str, part: Path) -> None:
+    """Fetch a URL into `part`. After a break the same server is asked for what is missing.
+
+    Raises the last error where a server refuses, or brings nothing new TRIES times in a row.
+    """
+    part.write_bytes(b"")
+    furthest = 0
+    in_vain = 0
+    while True:
+        try:
+            fetch_rest(url, part)
+            return
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+                sys.exit(f"no room for {part.parent}/: {error}")
+            size = part.stat().st_size
+            in_vain = 0 if size > furthest else in_vain + 1
+            furthest = max(furthest, size)
+            worth_a_try = furthest > 0 or getattr(error, "code", None) in BUSY
+            if not worth_a_try or in_vain == TRIES:
+                raise
+            print(f"{error}; the same server again in {PAUSE:g} s", flush=True)
+        time.sleep(PAUSE)
+
+
+def fetch_rest(url: str, part: Path) -> None:
+    """Append to `part` what it lacks of a URL's file; a server that knows no parts sends it all."""
+    size = part.stat().st_size
+    headers = {"User-Agent": "offline-rl"}  # some servers refuse urllib's own name
+    if size > 0:
+        headers["Range"] = f"bytes={size}-"
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=SILENCE) as response, open(part, "ab") as file:
+        if response.status != 206:  # which would be: partial content
+            file.truncate(0)
+            size = 0
+        total = None if response.length is None else size + response.length
+        with contextlib.closing(Bar(url.rsplit("/", 1)[-1], total, size, unit="B")) as bar:
+            while block := response.read1(2**16):
+                file.write(block)
+                size += len(block)
+                bar.move_to(size, "")
+    if total is not None and size < total:
+        raise ConnectionError(f"the connection broke off after {size} of {total} bytes")
+
+
+def check_d4rl(part: Path, name: str, sha256: str) -> None:
+    """D4RL's own server: shorter than known is refused; otherwise a difference is a note."""
+    if name not in D4RL_FILES:
+        return
+    known_size, known_sha256 = D4RL_FILES[name]
+    size = part.stat().st_size
+    if size < known_size:
+        raise ValueError(f"{size} bytes, where {known_size} are known")
+    if sha256 != known_sha256:
+        print(f"note: {name} has another sha256 than the known one; it may be compressed anew")
+
+
+def check_mirror(part: Path, name: str, sha256: str) -> None:
+    """A copy by others: it must be D4RL's to the byte."""
+    known_size, known_sha256 = D4RL_FILES[name]
+    if sha256 != known_sha256:
+        size = part.stat().st_size
+        raise ValueError(f"not D4RL's file: {size} bytes and not {known_size}, or other bytes")
+
+
+def check_minari(part: Path, name: str, sha256: str) -> None:
+    """Minari's file, no checksum of which is known: it must hold whole episodes."""
+    with h5py.File(part) as file:
+        count = len(file)
+        for i in range(count):
+            episode = file[f"episode_{i}"]  # raises KeyError
+            steps = len(episode["rewards"])
+            sizes = [len(episode[key]) for key in ("actions", "terminations", "truncations")]
+            if sizes != [steps] * 3 or len(episode["observations"]) != steps + 1:
+                raise ValueError(f"episode_{i} is not of Minari's form")
+    if count == 0:
+        raise ValueError("a file without episodes")
+
+
+def record_path(path: Path) -> Path:
+    """The small file beside a download that says where its bytes came from."""
+    return path.with_name(f"{path.name}.source.json")
+
+
+def origin_of(path: Path, sha256: str) -> str:
+    """Where a dataset's file was obtained, and whose data its bytes are."""
+    place = "a local file"
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        record = json.loads(record_path(path).read_text())
+        if record["sha256"] == sha256:  # else the file was replaced since
+            place = record["url"]
+    known = {checksum for _, checksum in D4RL_FILES.values()}
+    with h5py.File(path) as file:
+        if sha256 in known:
+            kind = "D4RL's bytes, by their sha256"
+        elif "episode_0" in file and "D4RL" in path.parts:
+            kind = "Minari's re-recorded episodes, not D4RL's bytes"
+        elif "episode_0" in file:
+            kind = "episodes in Minari's form"
+        elif "note" in file.attrs:
+            kind = "made by collect.py, not D4RL's bytes"
+        elif path.name in D4RL_FILES:
+            kind = "not the bytes that are known under this name"
+        else:
+            kind = "no sha256 is known to compare it with"
+    return f"{place} ({kind})"
+
+
+# Bytes and sha256 of D4RL's files, as TensorFlow Datasets recorded them from D4RL's server. Those
+# of maze2d and relocate were not found anywhere.
+D4RL_FILES = {
+    "hopper_medium.hdf5": (
+        54_258_063, "3e6530f00ba134b375dbae56a2120d8e6d6d0afe33d402b0aca3ed3a09fca83b"),
+    "hopper_medium_expert.hdf5": (
+        65_017_623, "3a024c1ecb4ff816963546d4423e2a57d8db85c9e0f4579aee9294e837d3fad0"),
+    "hopper_mixed.hdf5": (
+        10_983_879, "901797e3f21a963b88ced7ab36ed8361ad548b470c38a0855bc265bb4dfb3de9"),
+    "hopper_random.hdf5": (
+        54_351_370, "667e8a78d3460d19d3104826ad3e56abc6b3c07b34e5c179c53865c3dcc6844e"),
+    "halfcheetah_medium.hdf5": (
+        86_943_361, "fcaf602daa063c3031b9c36b777342a1ba669b41eaa6113258ecb9fb789768c3"),
+    "halfcheetah_medium_expert.hdf5": (
+        174_437_297, "c9c90f6b9fca3caa662d6a1f89808171bdb4050bab1db05d24bd85d909a333f1"),
+    "halfcheetah_mixed.hdf5": (
+        9_016_685, "61270f65dcadddae451607eeec68fdae50d0d6ae73fab185d9fc1979cc4f385d"),
+    "halfcheetah_random.hdf5": (
+        88_909_895, "5ba6381942a5110069c78cdaabdeacf1847b970c5b2e72ea5be1756896363fa5"),
+    "walker2d_medium.hdf5": (
+        84_756_933, "181a62086f3f287759201a9643e805b9e56438a8532a3915825dbaa6555bd173"),
+    "walker2d_medium_expert.hdf5": (
+        166_972_341, "62b612b2fe593142391b52c1ee04814ea8ba36df5de007969ec50b8b1455f245"),
+    "walker_mixed.hdf5": (
+        8_832_937, "d23588d4e07e58cbc276efea183edaa26eede5a44a1c2265adc8cdb6f68a56c7"),
+    "walker2d_random.hdf5": (
+        82_217_081, "b68931aeb97c9c550f69c2054f2f303bd2a3621385001af82bf0db86fd04b2ed"),
+    "hopper_expert-v2.hdf5": (
+        152_427_435, "01aa219a5f8eea5e639eccdc636ec2bf40e317159a95cf4bf6e985f16909941b"),
+    "hopper_full_replay-v2.hdf5": (
+        187_998_921, "56baf95963c51c1e964049a974566c50ba80f289390565523e60c0ba83e0982e"),
+    "hopper_medium-v2.hdf5": (
+        152_756_557, "5bdf1bc4a713c82941de44633df669b36c89850b652a25985166796d25cf71a0"),
+    "hopper_medium_expert-v2.hdf5": (
+        304_537_315, "9d51ad87f8c905be3880d84c6140bcdb7fbf39a19e046a237f238ba34fec9e26"),
+    "hopper_medium_replay-v2.hdf5": (
+        75_854_457, "e121c5f7c9857a307baa9edc6a2c3b48e85fedb9ac316ecddd0f48ca7ef4e39b"),
+    "hopper_random-v2.hdf5": (
+        152_525_345, "63103ef7059db4c0819bd054f4e83ff339030b50bcdb46bdbe50385f234b5054"),
+    "halfcheetah_expert-v2.hdf5": (
+        237_464_597, "d9fe53bb994eb1e20a99b4fa3412cd76a1bb7966a7ff55e0fcbdd6081bd2965f"),
+    "halfcheetah_full_replay-v2.hdf5": (
+        291_381_762, "27fdf7ea86e5a2cbd24d611ae9e703c86ec2e8e52823abc69dd9af6afb3a36c0"),
+    "halfcheetah_medium-v2.hdf5": (
+        237_727_262, "41324e8487a9556d8cfa4538827f8937f4d63dae3030825ebc9f3a726ed08ca0"),
+    "halfcheetah_medium_expert-v2.hdf5": (
+        474_567_252, "015db75dae5bbe8e94029b71fa0bafc2073365df0c94744e71031189f3f79c06"),
+    "halfcheetah_medium_replay-v2.hdf5": (
+        59_448_533, "48d494a4770c11f48260736dec090b78bdca8375647ed4d24bfa5b6610c7f683"),
+    "halfcheetah_random-v2.hdf5": (
+        237_338_037, "25407aef85b5d16c0f36b4149341edb4acc6a9e88c1db529b2de19e7464874ba"),
+    "walker2d_expert-v2.hdf5": (
+        230_567_195, "2985dc3d436a8baa10e8f43f946fe1d7c6337a4e4fbc65def70618093b18c59a"),
+    "walker2d_full_replay-v2.hdf5": (
+        285_115_514, "f2720f9d27b2acef6ec9a7d9ad3b80b6c2078ad4467cee668a81e3b3c80bcf2a"),
+    "walker2d_medium-v2.hdf5": (
+        232_254_996, "cf00f43add04c17fdfc2958dd581dea0851b2e5bedbe6fda073758a8f841aeda"),
+    "walker2d_medium_expert-v2.hdf5": (
+        462_197_079, "6b8d7f868c45bbaedf460be797fb7271b46dee6ebe45fe7a64319f2005b59a04"),
+    "walker2d_medium_replay-v2.hdf5": (
+        86_323_963, "e75de96a4f77acf7d4e0d6fdf0d7ccb177c26c44bb4388e4fd99f543ccfa18db"),
+    "walker2d_random-v2.hdf5": (
+        216_109_364, "4e863bb6090cf4a461548bd470564b32f1ae5b32ef3085f816b2ede7f092e7fa"),
+    "pen-human-v1.hdf5": (
+        2_040_573, "209e345b2150b633f30a11612612c60f49e941f127ce6c4dc0cd790501c46f9f"),
+    "pen-cloned-v1.hdf5": (
+        155_074_191, "6d1a982cee1950501bedebbddedbcbb377e6284d379986c83abac8a6c0be0c22"),
+    "pen-expert-v1.hdf5": (
+        262_040_663, "3791b8ca6a802061770af2977c051ac3ae261488210ce73788760a5b8308f374"),
+    "door-human-v1.hdf5": (
+        3_121_206, "f9691288c3ddf2b4e7b31bdae0d8444b80ba035515495f8a902d60c43ee09370"),
+    "door-cloned-v1.hdf5": (
+        294_356_136, "1f6a60ecc4d2a2e5c02f41dd3412be61bb265a33dcf120ceee9e9682d4fe4d48"),
+    "door-expert-v1.hdf5": (
+        536_056_678, "66df4cd4e0a1e0b72ea72653ce088e29ecbfa99bac3cd2b52e64092e9a0aaab4"),
+    "hammer-human-v1.hdf5": (
+        5_606_475, "3e42f3f49b5c92a901601dfe867c6c62a9651cbe79f6760ec8b402a15816a498"),
+    "hammer-cloned-v1.hdf5": (
+        446_616_879, "e48d75b159bdd72f51d3f01448d3eca4d38275714e11e995c14a36f6cf159db3"),
+    "hammer-expert-v1.hdf5": (
+        557_047_483, "1c069a0f6e4852493023c77dc3b3a12d8d5ac2e3a034827fea3ab8a161e7185f"),
+}  # fmt: skip
 
 
 # ----- read -----
@@ -1535,11 +1889,12 @@ def describe(path: Path, raw: dict[str, np.ndarray], env_id: str) -> float:
     # The last piece is no whole episode: it has the rows after the last end, if there are any.
     episodes = np.split(raw["rewards"], ends + 1)[:-1]
     returns = np.array([rewards.sum(dtype=np.float64) for rewards in episodes])
-    score = float(d4rl_score(env_id, returns).mean())
+    score = float(scores_of(env_id, returns).mean())
     if raw["terminals"].any() and not {env_id, family_of(env_id)} & ENDS.keys():
         print("note: this task's rule of ending is unknown: rollouts end only far outside the data")
     size = len(raw["rewards"])
-    print(f"{path}: {size} rows, {len(returns)} whole episodes with a mean score of {score:.1f}")
+    measure = measure_of(env_id)
+    print(f"{path}: {size} rows, {len(returns)} whole episodes, their mean {measure} {score:.1f}")
     return score
 
 
@@ -1758,20 +2113,32 @@ def known_termination(env_id: str, next_obs: Tensor) -> Tensor:
 REFERENCES: dict[str, tuple[float, float]] = {}
 
 
-def reference_returns(env_id: str) -> tuple[float, float]:
-    """The returns that make scores 0 and 100. Without references a score is the return itself."""
+def reference_returns(env_id: str) -> tuple[float, float] | None:
+    """The returns that make normalized scores 0 and 100, or None for a task without them."""
     if env_id in REFERENCES:
         return REFERENCES[env_id]
-    tables = d4rl_tables()
-    if env_id in tables["REF_MIN_SCORE"]:
-        return tables["REF_MIN_SCORE"][env_id], tables["REF_MAX_SCORE"][env_id]
-    return 0.0, 100.0
+    low = d4rl_entry("REF_MIN_SCORE", env_id)
+    if low is None:
+        return None
+    return low, d4rl_entry("REF_MAX_SCORE", env_id)
 
 
-def d4rl_score(env_id: str, returns: np.ndarray) -> np.ndarray:
-    """D4RL's normalized score of each return: 100 * (return - low) / (high - low)."""
-    low, high = reference_returns(env_id)
-    return 100 * (np.asarray(returns, np.float64) - low) / (high - low)
+def measure_of(env_id: str) -> str:
+    """What a task's scores are: "normalized score", or without references "return"."""
+    return "return" if reference_returns(env_id) is None else "normalized score"
+
+
+def scores_of(env_id: str, returns: np.ndarray) -> np.ndarray:
+    """D4RL's normalized score of each return: 100 * (return - low) / (high - low).
+
+    Without references a score is the return itself.
+    """
+    returns = np.asarray(returns, np.float64)
+    references = reference_returns(env_id)
+    if references is None:
+        return returns
+    low, high = references
+    return 100 * (returns - low) / (high - low)
 
 
 # ----- simulators -----
@@ -1781,7 +2148,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
     Raises SystemExit where there is no such environment, or none that fits.
     """
     load_simulators()
-    if env_id in d4rl_tables()["DATASET_URLS"]:
+    if d4rl_entry("DATASET_URLS", env_id) is not None:
         family = family_of(env_id)
         if family == "maze2d":
             return make_maze2d(env_id, render_mode)
@@ -1827,10 +2194,11 @@ def make_registered(env_id: str, render_mode: str | None) -> gymnasium.Env:
             env = gymnasium.wrappers.TimeLimit(env, 1000)
     except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
         reason = " ".join(str(error).split())
-        known_ids = {*d4rl_tables()["DATASET_URLS"], *gymnasium.registry} - {env_id}
-        near = difflib.get_close_matches(env_id, known_ids)
+        d4rl_ids = d4rl_tables()["DATASET_URLS"]
+        near = difflib.get_close_matches(env_id, {*d4rl_ids, *gymnasium.registry} - {env_id})
         guess = " or ".join(near) or "another"
-        sys.exit(f"cannot make {env_id} ({reason}): did you mean {guess}?")
+        hint = "" if d4rl_ids else f" ({NO_D4RL})"
+        sys.exit(f"cannot make {env_id} ({reason}): did you mean {guess}?{hint}")
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
@@ -2013,7 +2381,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
             # Environment i is seeded with i more: no two episodes of whatever seeds begin alike.
             env_seed = 10**10 * args.seed + 1000 * (k + first)
             returns = one_episode_each(method, envs, env_seed)
-            scores.append(d4rl_score(args.env_id, returns))
+            scores.append(scores_of(args.env_id, returns))
     return np.concatenate(scores)[:episodes]
 
 
@@ -2038,25 +2406,38 @@ def one_episode_each(
 def report(method: nn.Module, args: Args, final: np.ndarray, run: Path) -> None:
     """Print the mean of the scores `final` [episodes] with its standard error; render if asked."""
     error = final.std() / len(final) ** 0.5
-    print(f"normalized score over {len(final)} episodes: {final.mean():.1f} +- {error:.1f}")
+    measure = measure_of(args.env_id)
+    print(f"{measure} over {len(final)} episodes: {final.mean():.1f} +- {error:.1f}")
     if args.capture_video:
         record_episode(method, args, run / "episode.gif")
 
 
 def record_episode(method: nn.Module, args: Args, path: Path) -> None:
-    """Save an episode as a GIF, every third step of it."""
+    """Save an episode as a GIF of about 20 frames a second, at the speed of the environment."""
     env = make_env(args.env_id, render_mode="rgb_array")
+    steps_per_second = env.metadata.get("render_fps") or 30
+    every = max(1, round(steps_per_second / 20))  # steps of the environment per frame
     obs, _ = env.reset(seed=args.seed)
     frames = []
     over = False
-    while not over:
-        try:
-            frames.append(Image.fromarray(env.render()))
-        except Exception as error:  # every OpenGL backend fails in its own way
-            sys.exit(f"cannot render ({error}); without a screen set MUJOCO_GL=egl or osmesa")
-        obs, _, terminated, truncated, _ = env.step(method.act(obs[None])[0])
-        over = terminated or truncated
-    frames[0].save(path, save_all=True, append_images=frames[3::3], duration=50, loop=0)
+    with contextlib.closing(Bar("episode.gif", None)) as bar:
+        for step in itertools.count():
+            if step % every == 0:
+                try:
+                    frames.append(Image.fromarray(env.render()))
+                except Exception as error:  # every OpenGL backend fails in its own way
+                    advice = "without a screen set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+                    sys.exit(f"cannot render ({error}); {advice}")
+            if over:
+                break
+            obs, _, terminated, truncated, _ = env.step(method.act(obs[None])[0])
+            over = terminated or truncated
+            bar.move_to(step, "")
+    milliseconds = 1000 * every / steps_per_second
+    film = {"save_all": True, "append_images": frames[1:], "duration": milliseconds, "loop": 0}
+    with replacing(path) as file:
+        frames[0].save(file, "GIF", **film)
+    print(f"an episode of {step} steps: {path}")
 
 
 # ===== F. The run's folder ========================================================================
@@ -2065,11 +2446,13 @@ def record_episode(method: nn.Module, args: Args, path: Path) -> None:
 class Bar:
     """A progress bar with the time left. Off a terminal it prints a line a minute instead.
 
-    (A file would receive a bar's every state.) `total` is None where the end is not known.
+    (A file would receive a bar's every state.) `total` is None where the end is not known. What
+    is counted are iterations ("it") or bytes ("B", shown as 12.3MB).
     """
 
-    def __init__(self, name: str, total: int | None, done: int = 0):
+    def __init__(self, name: str, total: int | None, done: int = 0, unit: str = "it"):
         self.name = name
+        self.unit = unit
         self.total = total
         self.done = done
         self.text = ""  # what stands behind the bar
@@ -2081,6 +2464,8 @@ class Bar:
             desc=name,
             total=total,
             initial=done,
+            unit=unit,
+            unit_scale=unit == "B",
             leave=False,
             dynamic_ncols=True,
             disable=not self.on_terminal,
@@ -2107,6 +2492,8 @@ class Bar:
             prefix=self.name,
             postfix=self.text,
             rate=(self.done - self.printed_done) / max(now - self.printed, 1e-9),
+            unit=self.unit,
+            unit_scale=self.unit == "B",
             ncols=0,
         )
         print(line, file=sys.stderr, flush=True)
@@ -2153,45 +2540,64 @@ class Run:
         self.method = method
         self.source = source
         self.iteration = 0  # how many are done
+        self.measure = measure_of(args.env_id)
         self.curve = []  # [iteration, score] of each evaluation
         self.started = time.monotonic()  # less the seconds before --resume
-        files = source_files(type(method))
         self.algo = name_of(type(method))
+        self.bar = Bar(self.algo, args.total_iterations)
+        self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
+        self.phase_points = 0  # how often that phase has reported
 
-        name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        check_optimizers(method)
+        note_changes(args)
+        vector_env.cache_clear()  # a notebook may have changed the task since the last run
         if args.resume:
             self.folder = Path(args.resume)
             saved = dataclasses.replace(load_args(args.resume, type(args)), resume=args.resume)
             refuse_new_flags("--resume", args, saved, ("run_dir", *NEW_WITH_RESUME))
             self.load_checkpoint()
+            self.bar = Bar(self.algo, args.total_iterations, self.iteration)
         else:
-            self.folder = Path(args.run_dir).expanduser() / name.replace("/", "-")
-            if self.folder.exists():
-                sys.exit(f"{self.folder} is there already: start again in a second")
+            self.folder = self.new_folder()
         self.first_iteration = self.iteration
-        save(vars(args) | {"resume": None}, self.folder / "args.json")
-        for file in files:
-            (self.folder / file.name).write_bytes(file.read_bytes())
-
+        self.save_origin()
         if args.track:
-            wandb = importlib.import_module("wandb")
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=name,
-                config=vars(args),
-                sync_tensorboard=True,
-            )
+            self.start_wandb()
         # What TensorBoard has of iterations after the checkpoint is hidden: they are done again.
         purge_step = self.iteration + 1 if args.resume else None
         self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
-        self.bar = Bar(self.algo, args.total_iterations, self.iteration)
-        self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
-        self.phase_points = 0  # how often that phase has reported
-        check_optimizers(method)
-        note_changes(args)
-        vector_env.cache_clear()  # a notebook may have changed the task since the last run
         self.bar.write(f"this run writes to {self.folder}")
+
+    def new_folder(self) -> Path:
+        """Where a new run writes to. Raises SystemExit if the folder is there already."""
+        args = self.args
+        name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        folder = Path(args.run_dir).expanduser() / name.replace("/", "-")
+        if folder.exists():
+            sys.exit(f"{folder} is there already: start again in a second")
+        return folder
+
+    def save_origin(self) -> None:
+        """Save the settings and the scripts."""
+        settings = vars(self.args) | {"resume": None}
+        if self.args.dataset_path:  # --resume may be called from another folder
+            settings["dataset_path"] = str(Path(self.args.dataset_path).expanduser().absolute())
+        save(settings, self.folder / "args.json")
+        for file in source_files(type(self.method)):
+            (self.folder / file.name).write_bytes(file.read_bytes())
+
+    def start_wandb(self) -> None:
+        """Log to Weights and Biases. A resumed run goes on there, too, by its folder's name."""
+        wandb = importlib.import_module("wandb")
+        wandb.init(
+            project=self.args.wandb_project_name,
+            entity=self.args.wandb_entity,
+            name=self.folder.name,
+            id=hashlib.sha256(self.folder.name.encode()).hexdigest()[:16],
+            resume="allow",
+            config=vars(self.args),
+            sync_tensorboard=True,
+        )
 
     def log(self, phase: str, logs: dict[str, Tensor | float], point: int = 0) -> None:
         """Write scalars to TensorBoard at the present iteration, plus `point` for a phase's points.
@@ -2230,7 +2636,7 @@ class Run:
         self.iteration += 1
         if self.iteration == self.first_iteration + 1:
             note_idle_parameters(self.method)
-        last_score = f"score {self.curve[-1][1]:.1f}" if self.curve else ""
+        last_score = f"{self.measure} {self.curve[-1][1]:.1f}" if self.curve else ""
         self.bar.move_to(self.iteration, last_score)
 
     def add_to_curve(self) -> None:
@@ -2238,8 +2644,8 @@ class Run:
         scores = evaluate(self.method, self.args, self.args.eval_episodes, self.iteration)
         score = float(scores.mean())  # NumPy's own float could not be loaded with weights_only
         self.curve.append([self.iteration, score])
-        self.log("evaluation", {"eval/normalized_score": score})
-        self.bar.write(f"iteration {self.iteration}: score {score:.1f}")
+        self.log("evaluation", {"eval/" + self.measure.replace(" ", "_"): score})
+        self.bar.write(f"iteration {self.iteration}: {self.measure} {score:.1f}")
 
     def save_checkpoint(self) -> None:
         """Save policy.pt, curves.png and checkpoint.pt.
@@ -2285,7 +2691,8 @@ class Run:
                 sys.exit(f"{self.folder} is a run on other data, {saved['dataset']} as it was")
             if saved["iteration"] > self.args.total_iterations:
                 done = saved["iteration"]
-                sys.exit(f"{self.folder} has done {done} iterations: raise --total-iterations")
+                advice = f"raise --total-iterations above {done}, or leave it out"
+                sys.exit(f"{self.folder} has done {done} iterations already: {advice}")
             method.load_state_dict(saved["method"])
             for name, optimizer in optimizers_of(method):
                 load_optimizer(optimizer, saved["optimizers"][name])
@@ -2303,8 +2710,9 @@ class Run:
         iterations, scores = zip(*self.curve)
         axes = Figure(layout="constrained").subplots()
         axes.plot(iterations, scores)
-        axes.set(xlabel="iteration", ylabel="score", title=f"{self.algo} on {self.args.env_id}")
-        axes.figure.savefig(self.folder / "curves.png")
+        title = f"{self.algo} on {self.args.env_id}"
+        axes.set(xlabel="iteration", ylabel=self.measure, title=title)
+        save(axes.figure, self.folder / "curves.png")
 
     def finish(self) -> dict:
         """Evaluate the last policy on more episodes, and save and return what result.json holds."""
@@ -2328,6 +2736,7 @@ class Run:
             "seed": args.seed,
             "args": vars(args),
             "seconds": seconds,
+            "measure": self.measure,
             "last": scores[-1],
             "mean_last_ten": mean_last_ten,
             "final_mean": final.mean(),
@@ -2428,21 +2837,35 @@ def note_idle_parameters(method: nn.Module) -> None:
 
 
 # ----- files -----
-def save(content: dict, path: Path) -> None:
-    """Write tensors and plain values, or JSON. Whatever happens, the file is the old or the new."""
+@contextlib.contextmanager
+def replacing(path: Path):
+    """`with replacing(path) as file:` to write a file that is the old or the new, come what may.
+
+    Raises SystemExit, in one sentence, where there is no room or no permission.
+    """
     part = f"{path}.part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            if path.suffix == ".json":
-                file.write(json.dumps(content, indent=1).encode())
-            else:
-                torch.save(content, file)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # else the new name might be on the disk before the content
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
         sys.exit(f"cannot write {path} ({error}); what was there is unharmed")
+
+
+def save(content, path: Path) -> None:
+    """Write JSON, an array (.npy), a figure (.png), or tensors and plain values (.pt)."""
+    with replacing(path) as file:
+        if path.suffix == ".json":
+            file.write(json.dumps(content, indent=1).encode())
+        elif path.suffix == ".npy":
+            np.save(file, content)
+        elif path.suffix == ".png":
+            content.savefig(file, format="png")
+        else:
+            torch.save(content, file)
 
 
 @contextlib.contextmanager

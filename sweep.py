@@ -1,3 +1,19 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "d4rl==1.1", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "h5py==3.16.0",
+#   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pandas==3.1.1", "pillow==13.0.0",
+#   "scipy==1.17.1", "seaborn==0.13.2", "submitit==1.5.4", "tabulate==0.10.0",
+#   "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# override-dependencies = [
+#   "click; python_version < '0'", "dm-control; python_version < '0'",
+#   "gym; python_version < '0'", "mjrl; python_version < '0'",
+#   "mujoco-py; python_version < '0'", "pybullet; python_version < '0'",
+#   "termcolor; python_version < '0'",
+# ]
+# ///
 """Start many runs of the scripts, here or on a SLURM cluster, and make tables of their results.
 
     python sweep.py run --scripts ampl.py mopo.py --env-ids pen-human-v1 --seeds 0 1 --dir sweeps/a

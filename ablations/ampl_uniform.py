@@ -1,3 +1,18 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "d4rl==1.1", "gymnasium==1.4.0", "gymnasium-robotics==1.4.2", "h5py==3.16.0",
+#   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
+#   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
+# ]
+# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# override-dependencies = [
+#   "click; python_version < '0'", "dm-control; python_version < '0'",
+#   "gym; python_version < '0'", "mjrl; python_version < '0'",
+#   "mujoco-py; python_version < '0'", "pybullet; python_version < '0'",
+#   "termcolor; python_version < '0'",
+# ]
+# ///
 """AMPL with omega = 1: the model is refitted on AMPL's schedule, but all rows weigh the same.
 
 It tells the effect of fitting the model further from the effect of the weights. The paper lacks
@@ -11,11 +26,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import ampl  # before torch: it sets how threads wait
 import torch
 from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import ampl
 
 
 @dataclass

@@ -174,7 +174,7 @@ def test_counts_and_score(tmp_path, capsys):
     assert source["obtained_from"] == "a local file (no sha256 is known to compare it with)"
     assert source["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert source["rows"] == 11
-    line = f"{path}: 11 rows, 4 whole episodes with a mean score of {score:.1f}"
+    line = f"{path}: 11 rows, 4 whole episodes, their mean normalized score {score:.1f}"
     assert capsys.readouterr().out.splitlines()[-1] == line
 
 

@@ -239,11 +239,11 @@ def test_the_rule_of_ending_is_the_simulators(env_id):
 def test_scores():
     """D4RL's references of two tasks; what has none scores its return."""
     # maze2d-umaze: 23.85 is 0, 161.86 is 100, and 92.855 is half-way.
-    scores = ampl.d4rl_score("maze2d-umaze-v1", np.array([23.85, 161.86, 92.855]))
+    scores = ampl.scores_of("maze2d-umaze-v1", np.array([23.85, 161.86, 92.855]))
     assert scores.tolist() == pytest.approx([0, 100, 50])
-    assert ampl.d4rl_score("hopper-medium-v2", 3234.3) == pytest.approx(100)
-    assert ampl.d4rl_score("hopper-medium-v2", -20.272305) == pytest.approx(0)
-    assert ampl.d4rl_score("Pendulum-v1", -150.0) == -150
+    assert ampl.scores_of("hopper-medium-v2", 3234.3) == pytest.approx(100)
+    assert ampl.scores_of("hopper-medium-v2", -20.272305) == pytest.approx(0)
+    assert ampl.scores_of("Pendulum-v1", -150.0) == -150
 
 
 # --- other environments ---

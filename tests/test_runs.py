@@ -380,16 +380,16 @@ def test_sudden_death_at_random_moments(tiny, whole, tmp_path):
     assert kills > 1
 
 
-# torch.save writes model.pt, then two files per checkpoint; before them os.replace and os.fsync
-# have args.json.
+# torch.save writes model.pt, then two files per checkpoint; os.replace and os.fsync have args.json
+# before them, and omega12.npy after the checkpoint at 12.
 @pytest.mark.parametrize(
     "error, where, call, iteration",
     [
         (Killed, "save", 8, 12),
-        (Killed, "replace", 9, 12),
-        (Killed, "replace", 11, 15),
+        (Killed, "replace", 10, 12),
+        (Killed, "replace", 12, 15),
         (RuntimeError, "save", 8, 12),
-        (OSError, "fsync", 9, 12),
+        (OSError, "fsync", 10, 12),
     ],
 )
 def test_a_failure_while_saving(error, where, call, iteration, tiny, whole, tmp_path):
@@ -493,7 +493,7 @@ def test_capture_video(whole, tiny, tmp_path, monkeypatch):
     argv = ["--evaluate", folder, "--capture-video", "--final-episodes", "1"]
     command(*argv)
     with Image.open(folder / "episode.gif") as film:
-        assert film.n_frames == 5  # every third of 15 steps
+        assert film.n_frames == 4  # after 0, 5, 10 and 15 steps of 0.01 s: 20 frames a second
         assert min(film.size) > 100
         assert len(film.convert("RGB").getcolors(1 << 20)) > 20
 
@@ -584,7 +584,10 @@ MISTAKES = [
     ("--resume {resized}", "checkpoint.pt is damaged or of another setting"),
     ("--resume {good} --gamma 0.9", "--resume takes --gamma from the run"),
     ("--resume {changed}", "is a run on other data, .* as it was"),
-    ("--resume {good} --total-iterations 12", "has done 24 iterations: raise --total-iterations"),
+    (
+        "--resume {good} --total-iterations 12",
+        "has done 24 iterations already: raise --total-iterations above 24, or leave it",
+    ),
     ("--resume=", "there is no args.json"),
     ("--evaluate {good} --hidden 5 5", "--evaluate takes --hidden from the run"),
     ("--resume {good} --evaluate {good}", "--resume takes --evaluate from the run"),
