@@ -2249,13 +2249,16 @@ class Bar:
     def print_line(self) -> None:
         """Print the bar's present state as a line."""
         now = time.monotonic()
+        rate = None  # that is, since the start
+        if self.done > self.printed_done and now > self.printed:
+            rate = (self.done - self.printed_done) / (now - self.printed)
         line = tqdm.format_meter(
             self.done,
             self.total,
             now - self.started,
             prefix=self.name,
             postfix=self.text,
-            rate=(self.done - self.printed_done) / max(now - self.printed, 1e-9),
+            rate=rate,
             unit=self.unit,
             unit_scale=self.unit == "B",
             ncols=0,
