@@ -1,9 +1,9 @@
 """collect.py's datasets: maze2d against D4RL's, the rows of SAC, its step, files, --resume."""
 
-import importlib.metadata
 import copy
 import functools
 import hashlib
+import importlib.metadata
 import math
 import os
 import resource
