@@ -384,7 +384,9 @@ class ModelEnsemble(nn.Module):
         """Keep mean and standard deviation of inputs [rows, S + A]."""
         std, mean = torch.std_mean(inputs.double(), 0, correction=0)
         self.input_mean.copy_(mean)
-        self.input_std.copy_(torch.where(std < 1e-12, 1.0, std))
+        # Code: a deviation below 1e-12 counts as 1. Here: this, since an input that hardly varies
+        # would be huge once it changed.
+        self.input_std.copy_(input_scale(std))
 
     def standardise(self, inputs: Tensor) -> Tensor:
         """Inputs [..., S + A] with these means and deviations."""
@@ -1377,19 +1379,15 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     """
     env = make_env(args.env_id)  # comes first, so that a mistyped id costs no download
     path = find_dataset(args) if arrays is None else Path("arrays")
-    try:
-        if arrays is None:
-            raw = read_hdf5(path)
-            content = path.read_bytes()
-        else:
-            raw = {key: np.asarray(arrays[key]) for key in D4RL_KEYS if key in arrays}
-            content = b"".join(array.tobytes() for array in raw.values())
-        check_arrays(path, raw, env)
-    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        sys.exit(f"{path} is missing, cut or no D4RL file ({reason})")
+    if arrays is None:
+        raw, unused, sha256 = read_hdf5(path)
+    else:
+        used, unused = sort_keys(path, arrays)
+        raw = {key: np.asarray(arrays[key]) for key in used}
+        content = b"".join(array.tobytes() for array in raw.values())
+        sha256 = hashlib.sha256(content).hexdigest()
+    end_keys = check_arrays(path, raw, env)
     check_episodes(path, raw)
-    sha256 = hashlib.sha256(content).hexdigest()
     origin = "arrays" if arrays is not None else origin_of(path, sha256)
     print(f"data from {origin}")
     source = {
@@ -1400,20 +1398,27 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
         "data_score": describe(path, raw, args.env_id),
     }
     data = to_transitions(raw)
+    describe_rows(path, raw, data, end_keys, unused)
+    note_rule(args.env_id, data)
+    note_still_entries(data)
     reward = data["reward"][data["has_next"]]
     if reward.min() == reward.max():
         sys.exit(f"{path}: all rewards whose s' is stored are equal: there is nothing to learn")
     return data | {"source": source}
 
 
-D4RL_KEYS = (
-    "observations",
-    "next_observations",
-    "actions",
-    "rewards",
-    "terminals",
-    "timeouts",
-)
+ARRAYS = ("observations", "next_observations", "actions", "rewards")  # D4RL's keys
+# What an end is called, and which of three kinds it is. Those of kind `dones` do not tell a time
+# limit from a terminal.
+END_KINDS = {
+    "terminals": "terminals",
+    "timeouts": "timeouts",
+    "terminations": "terminals",
+    "truncations": "timeouts",
+    "dones": "dones",
+    "done": "dones",
+}
+LIKE_AN_END = re.compile("done|termin|trunc", re.IGNORECASE)
 
 
 # ----- find -----
@@ -1776,47 +1781,171 @@ D4RL_FILES = {
 
 
 # ----- read -----
-def read_hdf5(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file of D4RL or Minari, by D4RL's keys: observations, actions, ..."""
-    with h5py.File(path) as file:
-        if "episode_0" in file:
-            return read_minari(path, file)
-        if "note" in file.attrs:  # collect.py writes there what its datasets are and are not
-            print(file.attrs["note"])
-        # The groups beside the arrays ("infos", "metadata") are not needed.
-        return {key: file[key][()] for key in file if isinstance(file[key], h5py.Dataset)}
+EPISODE = re.compile(r"episode_(\d+)")  # the groups of a file of Minari
+MOST_PACKED = 2000  # bytes that one byte of a compressed array may stand for; gzip reaches 1032
 
 
-def read_minari(path: Path, file: h5py.File) -> dict[str, np.ndarray]:
+def read_hdf5(path: Path) -> tuple[dict[str, np.ndarray], list[str], str]:
+    """The arrays of a file of D4RL or Minari by D4RL's keys, the keys not used, and the sha256."""
+    with reading(path):
+        before = path.stat()
+        if not path.is_file():
+            sys.exit(f"{path} is a folder or a device and no file")
+        with h5py.File(path) as file:
+            if any(EPISODE.fullmatch(key) for key in file):
+                raw, unused = read_minari(path, file)
+            else:
+                used, unused = sort_keys(path, file)
+                raw = {key: read_array(path, file, key) for key in used}
+            if "note" in file.attrs:  # collect.py writes there what its datasets are and are not
+                print(file.attrs["note"])
+        with open(path, "rb") as content:
+            sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+        after = path.stat()
+    if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
+        sys.exit(f"{path} was changed while it was read: start again when it is complete")
+    return raw, unused, sha256
+
+
+@contextlib.contextmanager
+def reading(path: Path):
+    """`with reading(path):` where what HDF5 and the system refuse ends in one sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        sys.exit(f"there is no {path}")
+    except (OSError, KeyError, RuntimeError, ValueError, MemoryError) as error:
+        reason = " ".join(str(error).split())
+        if "signature not found" in reason:
+            sys.exit(f"{path} is no HDF5 file: what wrote it, an error page of a server?")
+        if "truncated file" in reason:
+            sys.exit(f"{path} is cut: fetch or copy it again ({reason})")
+        if "lock" in reason or "already open for write" in reason:
+            sys.exit(f"{path} is locked by a program that writes it: wait for its end ({reason})")
+        sys.exit(f"{path} cannot be read, or is damaged ({reason})")
+
+
+def sort_keys(path: Path, found) -> tuple[list[str], list[str]]:
+    """Of the keys found those that are used, in our order, and the others.
+
+    Raises SystemExit where one is missing, or where one might say that an episode ends here and is
+    none of END_KINDS: the borders between episodes would vanish.
+    """
+    used = [key for key in (*ARRAYS, *END_KINDS) if key in list(found)]
+    unused = sorted(set(found) - set(used))
+    for key in unused:
+        if LIKE_AN_END.search(key):
+            known = ", ".join(END_KINDS)
+            sys.exit(f"{path}: {key} looks like the ends of episodes: call it one of {known}")
+    if not {"observations", "actions", "rewards"} <= set(used):
+        names = ", ".join(list(found)[:10]) or "nothing"
+        sys.exit(
+            f"{path} has another layout than D4RL's: expected observations, actions, rewards, and "
+            f"terminals or timeouts; found {names}"
+        )
+    return used, unused
+
+
+def read_array(path: Path, group: h5py.Group, key: str) -> np.ndarray:
+    """An array that lies in the file itself, whole. Raises SystemExit for any other."""
+    place = f"{group.name}/{key}".lstrip("/")
+    name = f"{path}: {place}"
+    if not isinstance(group.get(key, getlink=True), h5py.HardLink):
+        sys.exit(f"{name} is a link, which is not followed: store the array in the file itself")
+    dataset = group[key]
+    if not isinstance(dataset, h5py.Dataset):
+        sys.exit(f"{name} is a group of arrays, such as {', '.join(dataset)}, and not one array")
+    if dataset.is_virtual or dataset.external:
+        sys.exit(f"{name} lies in other files, which are not read: store it in the file itself")
+    check_filters(name, dataset)
+    if not is_whole(dataset):
+        sys.exit(f"{name} has the shape {dataset.shape}, but the file does not hold so much")
+    return dataset[()]
+
+
+def check_filters(name: str, dataset: h5py.Dataset) -> None:
+    """Stop if an array is compressed in a way that neither HDF5 nor hdf5plugin can undo."""
+    filters = dataset.id.get_create_plist()
+    for i in range(filters.get_nfilters()):
+        number, _, _, label = filters.get_filter(i)
+        if not h5py.h5z.filter_avail(number):
+            with contextlib.suppress(ImportError):
+                importlib.import_module("hdf5plugin")  # adds its ways of compression to HDF5
+        if not h5py.h5z.filter_avail(number):
+            kind = label.decode() or number
+            sys.exit(f"{name} is compressed by {kind}, which h5py lacks: pip install hdf5plugin")
+
+
+def is_whole(dataset: h5py.Dataset) -> bool:
+    """Whether a file can hold all numbers that the array's shape declares. Reads none of them.
+
+    HDF5 itself fills what was never written with zeros.
+    """
+    if dataset.shape is None:
+        return False
+    size = dataset.size * dataset.dtype.itemsize  # bytes
+    stored = dataset.id.get_storage_size()
+    if dataset.chunks is None:
+        return stored >= size
+    chunks = [math.ceil(rows / step) for rows, step in zip(dataset.shape, dataset.chunks)]
+    if dataset.id.get_num_chunks() < math.prod(chunks):
+        return False
+    return size <= 2**26 + MOST_PACKED * stored  # 2**26: small arrays of zeros pack even better
+
+
+def read_minari(path: Path, file: h5py.File) -> tuple[dict[str, np.ndarray], list[str]]:
     """Minari's episodes, which are groups of the file, end to end under D4RL's keys.
+
+    -> the arrays, and the keys that were not used
+    """
+    names = [key for key in file if EPISODE.fullmatch(key)]
+    for i in range(len(names)):
+        if f"episode_{i}" not in names:
+            sys.exit(f"{path}: there are {len(names)} episodes, but no episode_{i}: is it whole?")
+    unused = set(file) - set(names)
+    episodes = []
+    for i in range(len(names)):
+        arrays, unused_here = read_episode(path, file, f"episode_{i}")
+        episodes.append(arrays)
+        unused |= unused_here
+    raw = {}
+    for key in episodes[0]:
+        raw[key] = np.concatenate([arrays[key] for arrays in episodes])
+    return raw, sorted(unused)
+
+
+def read_episode(path: Path, file: h5py.File, name: str) -> tuple[dict[str, np.ndarray], set[str]]:
+    """The arrays of one of Minari's episodes, and the keys of it that were not used.
 
     An episode of T steps has T + 1 observations, so that s' is known for every step.
     """
-    episodes = [file[f"episode_{i}"] for i in range(len(file))]
-    if isinstance(episodes[0]["observations"], h5py.Group):
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        sys.exit(f"{path}: {name} is a link, which is not followed: store the episode itself")
+    episode = file[name]
+    keys = ("observations", "actions", "rewards", "terminations")
+    for key in keys:
+        if key not in list(episode):
+            sys.exit(f"{path}: {name} has no {key}; found {', '.join(episode)}")
+    if isinstance(episode.get("observations"), h5py.Group):
         sys.exit(f"{path}: observations that are dictionaries do not work here")
-    raw = {
-        "observations": np.concatenate([episode["observations"][:-1] for episode in episodes]),
-        "next_observations": np.concatenate([episode["observations"][1:] for episode in episodes]),
-        "actions": np.concatenate([episode["actions"][()] for episode in episodes]),
-        "rewards": np.concatenate([episode["rewards"][()] for episode in episodes]),
-        "terminals": np.concatenate([episode["terminations"][()] for episode in episodes]),
-    }
+    arrays = {key: read_array(path, episode, key) for key in keys}
+    observations = arrays["observations"]
+    steps = len(arrays["rewards"])
+    if len(observations) != steps + 1 or len(arrays["actions"]) != steps:
+        sys.exit(f"{path}: {name} needs as many actions as rewards, and one observation more")
+    arrays["observations"] = observations[:-1]
+    arrays["next_observations"] = observations[1:]
     # A group's last step ends its episode, also where the flags of the file do not say so.
-    is_last = np.zeros(len(raw["rewards"]), bool)
-    end = 0
-    for episode in episodes:
-        end += len(episode["rewards"])
-        is_last[end - 1 : end] = True
-    raw["timeouts"] = is_last & ~raw["terminals"]
-    return raw
+    arrays["truncations"] = np.arange(steps) == steps - 1
+    return arrays, set(episode) - arrays.keys()
 
 
 # ----- check -----
-def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> None:
+def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> list[str]:
     """Refuse arrays that cannot be the task's, and give the others one form, in place.
 
-    Afterwards numbers are float32, actions are in [-1, 1], and terminals and timeouts are bool.
+    Afterwards numbers are float32, actions are in [-1, 1], and terminals and timeouts are bool and
+    never both true. -> the keys that the ends were read from
     """
     # The task's own bounds of actions; `env` itself takes them from [-1, 1] already.
     action_space = env.unwrapped.action_space
@@ -1831,20 +1960,23 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
     for key, shape in shapes.items():
         if raw[key].shape != shape:
             sys.exit(f"{path}: {key} are {raw[key].shape} and not {shape}: of another task?")
+        if raw[key].dtype.kind not in "biuf":
+            sys.exit(f"{path}: {key} are of type {raw[key].dtype} and not numbers")
         raw[key] = raw[key].astype(np.float32)
         if not np.isfinite(raw[key]).all():
             row = np.argwhere(~np.isfinite(raw[key]))[0][0]
             sys.exit(f"{path}: {key} holds NaN or infinity, first in row {row}")
     raw["actions"] = unit_actions(path, raw["actions"], action_space)
 
-    terminals = raw.get("terminals", np.zeros(size, bool))
-    raw["terminals"] = terminals.astype(bool).reshape(size)
-    if "timeouts" in raw:
-        raw["timeouts"] = raw["timeouts"].astype(bool).reshape(size)
-    else:
-        limit = env.get_wrapper_attr("_max_episode_steps")
-        print(f"note: {path} has no timeouts: an episode is taken to end after {limit} steps")
-        raw["timeouts"] = timeouts_by_counting(raw["terminals"], limit)
+    end_keys = [key for key in END_KINDS if key in raw]
+    ends = {}
+    for key in end_keys:
+        if END_KINDS[key] in ends:
+            sys.exit(f"{path}: of {', '.join(end_keys)} two say the same: leave one out")
+        ends[END_KINDS[key]] = flags(path, key, raw[key], size)
+    limit = env.get_wrapper_attr("_max_episode_steps")
+    raw["terminals"], raw["timeouts"] = sort_ends(path, ends, size, limit)
+    return end_keys
 
 
 def unit_actions(path: Path, action: np.ndarray, box: gymnasium.spaces.Box) -> np.ndarray:
@@ -1858,21 +1990,60 @@ def unit_actions(path: Path, action: np.ndarray, box: gymnasium.spaces.Box) -> n
     return scaled.astype(np.float32)
 
 
-def timeouts_by_counting(terminals: np.ndarray, limit: int) -> np.ndarray:
-    """For a file that does not tell: episodes are over after as many steps as the task has.
+def flags(path: Path, key: str, stored: np.ndarray, size: int) -> np.ndarray:
+    """Stored 0s and 1s as bool [size]. Raises SystemExit for any other value."""
+    if stored.size != size or stored.dtype.kind not in "biuf":
+        sys.exit(f"{path}: {key} are {stored.shape} of type {stored.dtype} and not {size} flags")
+    stored = stored.reshape(size)
+    wrong = (stored != 0) & (stored != 1)
+    if wrong.any():
+        row = wrong.argmax()
+        sys.exit(f"{path}: {key} must be 0 or 1, but row {row} holds {stored[row]}")
+    return stored.astype(bool)
 
-    A terminal [rows] ends an episode as well, and is no timeout even where it is the last step.
+
+def sort_ends(
+    path: Path, ends: dict[str, np.ndarray], size: int, limit: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Terminals and timeouts, bool [rows], from those of the three kinds that there are.
+
+    An end is a terminal or a time limit; a row that a file calls both is a terminal. Without
+    timeouts an episode is over after `limit` steps. Of the ends that a file calls `dones` alone,
+    those after just as many steps count as time limits, the others as terminals.
     """
-    timeouts = np.zeros(len(terminals), bool)
+    none = np.zeros(size, bool)
+    dones = ends.get("dones", none)
+    over = none
+    if ends.keys() == {"dones"}:
+        print(
+            f"note: {path} does not tell time limits from terminals: an end after {limit} steps "
+            "is taken for a time limit, any other for a terminal"
+        )
+    elif "timeouts" not in ends:
+        print(f"note: {path} has no timeouts: an episode is taken to end after {limit} steps")
+    if "timeouts" not in ends:
+        over = at_limit(ends.get("terminals", none) | dones, limit)
+    timeouts = ends.get("timeouts", over)
+    terminals = ends.get("terminals", dones & ~timeouts)
+    if "timeouts" not in ends:
+        timeouts = timeouts | dones
+    timeouts = timeouts & ~terminals
+    if (dones & ~terminals & ~timeouts).any():
+        row = (dones & ~terminals & ~timeouts).argmax()
+        sys.exit(f"{path}: row {row} is done, but neither a terminal nor at a time limit")
+    return terminals, timeouts
+
+
+def at_limit(ended: np.ndarray, limit: int) -> np.ndarray:
+    """Which rows are the step number `limit` of their episode, whether it ended there or not."""
+    rows = np.zeros(len(ended), bool)
     steps = 0
-    for row, terminal in enumerate(terminals.tolist()):
+    for row, end in enumerate(ended.tolist()):
         steps += 1
-        if terminal:
+        rows[row] = steps == limit
+        if end or rows[row]:
             steps = 0
-        elif steps == limit:
-            timeouts[row] = True
-            steps = 0
-    return timeouts
+    return rows
 
 
 def check_episodes(path: Path, raw: dict[str, np.ndarray]) -> None:
@@ -1890,12 +2061,79 @@ def describe(path: Path, raw: dict[str, np.ndarray], env_id: str) -> float:
     episodes = np.split(raw["rewards"], ends + 1)[:-1]
     returns = np.array([rewards.sum(dtype=np.float64) for rewards in episodes])
     score = float(scores_of(env_id, returns).mean())
-    if raw["terminals"].any() and not {env_id, family_of(env_id)} & ENDS.keys():
+    if raw["terminals"].any() and rule_of_ending(env_id) is None:
         print("note: this task's rule of ending is unknown: rollouts end only far outside the data")
     size = len(raw["rewards"])
     measure = measure_of(env_id)
     print(f"{path}: {size} rows, {len(returns)} whole episodes, their mean {measure} {score:.1f}")
     return score
+
+
+def describe_rows(
+    path: Path, raw: dict[str, np.ndarray], data: dict, end_keys: list[str], unused: list[str]
+) -> None:
+    """Print what became of the rows, and which keys were not used."""
+    size = len(raw["rewards"])
+    limits = raw["timeouts"].sum()
+    dropped = size - len(data["obs"])
+    unknown = int((~data["has_next"]).sum())
+    ends = f"{raw['terminals'].sum()} terminals and {limits} time limits"
+    if end_keys:
+        ends += f" (from {', '.join(end_keys)})"
+    why = f"{limits} at a time limit"
+    if dropped > limits:
+        why += ", the last for its s' is not stored"
+    others = ", ".join(unused[:10]) or "none"
+    print(
+        f"{size} rows, {ends}; {dropped} dropped ({why}); {unknown} kept without a known s'; "
+        f"keys not used: {others}"
+    )
+
+
+def note_rule(env_id: str, data: dict[str, Tensor]) -> None:
+    """Say if the task's rule of ending is not what ended the data's episodes."""
+    if rule_of_ending(env_id) is None:
+        return
+    known = data["has_next"]
+    try:
+        ruled = known_termination(env_id, data["next_obs"][known])
+        differ = (ruled != data["terminated"][known]).float().mean().item()
+    except Exception as error:  # whatever a rule of one's own raises
+        reason = " ".join(str(error).split())
+        sys.exit(f"the rule of ending of {env_id} does not work on its observations ({reason})")
+    if differ > 0.01:
+        by_rule = ruled.float().mean().item()
+        stored = data["terminated"][known].float().mean().item()
+        print(
+            f"note: {env_id}'s rule of ending ends {by_rule:.1%} of the rows with a known s', the "
+            f"data's terminals {stored:.1%}; they differ on {differ:.1%}: is it the task's rule?"
+        )
+
+
+# ----- scales -----
+# One rule: what varies by less than STILL counts as constant, and a constant tells nothing. The
+# model does not see it, and the limit on states leaves it room. Otherwise the least change in an
+# imagined step would be a million deviations, and the imagined reward as large. In D4RL's files the
+# smallest deviation of an input is 0.02, of pen, in m: no number of theirs changes.
+STILL = 1e-3  # a standard deviation, or the largest size, in the data's units
+
+
+def input_scale(std: Tensor) -> Tensor:
+    """What the model's inputs are divided by: their deviation, or 1e12, which makes them 0."""
+    return torch.where(std < STILL, 1e12, std)
+
+
+def note_still_entries(data: dict[str, Tensor]) -> None:
+    """Say which entries of observations and actions the model does not see."""
+    for name in ("obs", "action"):
+        std = data[name].double().std(0)
+        still = (std < STILL).nonzero().squeeze(-1).tolist()
+        if still:
+            some = ", ".join(map(str, still[:10]))
+            print(
+                f"note: {len(still)} of {len(std)} entries of {name} ({some}) vary by less than "
+                f"{STILL:g}: the model ignores them"
+            )
 
 
 # ----- to transitions -----
@@ -1920,7 +2158,8 @@ def describe(path: Path, raw: dict[str, np.ndarray], env_id: str) -> float:
 #     starts             a    d    f         (the first observation of each episode)
 #
 # In a file with the key next_observations every row has its s'. Then has_next is true everywhere,
-# and row 5 is a transition, too. A row with both flags counts as a row at a time limit.
+# and row 5 is a transition, too. A row with both flags is a terminal: it is kept, with its reward.
+# (D4RL's own files have none.)
 def to_transitions(raw: dict[str, np.ndarray]) -> dict[str, Tensor]:
     """Checked arrays [rows, ...] -> tensors [N, ...], as in the example above."""
     obs = raw["observations"]
@@ -1968,7 +2207,9 @@ def to_transitions(raw: dict[str, np.ndarray]) -> dict[str, Tensor]:
 # environment that is registered with gymnasium works as well. A file of your own imports the
 # script, calls gymnasium.register(id, entry_point=..., max_episode_steps=...), and may fill its
 # tables ENDS[id] (rule of ending), REFERENCES[id] (returns of the scores 0 and 100) and PAPER[id]
-# (settings). It ends in the script's main(); --dataset-path names its data.
+# (settings). It ends in the script's main(); --dataset-path names its data. Without such a file,
+# `--env-id module:id` imports the module that registers id, and takes the function `ends` in it, if
+# there is one, as the rule of ending.
 def family_of(env_id: str) -> str:
     """The first word of an id: hopper of hopper-medium-v2 and of Hopper-v4."""
     return env_id.split("-")[0].lower()
@@ -2089,20 +2330,39 @@ def pen_ends(next_obs: Tensor) -> Tensor:
     return next_obs[..., 26] < PEN_DROPPED
 
 
-# The rule of ending by id, or by family: next observations [..., S] -> bool [...]. Other tasks
-# never end before their time limit: of D4RL's, halfcheetah, maze2d and the rest of Adroit. A rule
-# is recorded in a CUDA graph, so it makes no tensors of numbers (torch.tensor).
-ENDS = {
+# Rules of ending: next observations [..., S] -> bool [...]. Other tasks never end before their time
+# limit: of D4RL's, halfcheetah, maze2d and the rest of Adroit. A rule is recorded in a CUDA graph,
+# so it makes no tensors of numbers (torch.tensor).
+FAMILY_ENDS = {
     "hopper": hopper_ends,
     "walker2d": walker2d_ends,
     "ant": ant_ends,
     "pen": pen_ends,
 }
+# The ids that have their family's rule: D4RL's, gymnasium's and ours. Other names that begin alike,
+# such as hopper-mine-v0, are other tasks.
+WITH_FAMILY_RULE = re.compile(
+    r"(hopper|walker2d|ant)-(random|medium|expert|medium-replay|full-replay|medium-expert)-v[012]"
+    r"|pen-(human|cloned|expert)-v[01]"
+    r"|(Hopper|Walker2d|Ant)-v[2345]"
+    r"|ant-random-expert-v0|ant-angle-v0"
+)
+ENDS: dict[str, Callable] = {}  # rules of other tasks, by id
+
+
+def rule_of_ending(env_id: str) -> Callable | None:
+    """ENDS's rule, a family's, or that of the module in module:id; None where none is known."""
+    if env_id in ENDS:
+        return ENDS[env_id]
+    if WITH_FAMILY_RULE.fullmatch(env_id):
+        return FAMILY_ENDS[family_of(env_id)]
+    module, _, _ = env_id.rpartition(":")
+    return getattr(importlib.import_module(module), "ends", None) if module else None
 
 
 def known_termination(env_id: str, next_obs: Tensor) -> Tensor:
     """Whether the task ends at these states, by its own rule: [..., S] -> bool [...]."""
-    rule = ENDS.get(env_id) or ENDS.get(family_of(env_id))
+    rule = rule_of_ending(env_id)
     if rule is not None:
         return rule(next_obs)
     return torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
@@ -2220,7 +2480,9 @@ class D4RLSemantics(gymnasium.Wrapper):
             # gymnasium-robotics 1.4.2 adds 0.1 * distance of the palm, which D4RL subtracts.
             distance = np.linalg.norm(REACH[self.family](obs))
             reward = reward - 0.2 * distance
-        if truncated:  # D4RL has no row with both flags: the time limit wins
+        # D4RL's files have no row with both flags, so a step at the limit is no terminal. (A file
+        # that does have such rows knows better, and to_transitions believes it.)
+        if truncated:
             terminated = False
         return obs, float(reward), terminated, truncated, info
 
@@ -2519,6 +2781,9 @@ class Bar:
         self.bar.close()
 
 
+FAR_REWARD = 10  # ranges of the data's rewards that an imagined one may lie beyond them
+
+
 class Run:
     """A run and its folder.
 
@@ -2550,6 +2815,7 @@ class Run:
         self.bar = Bar(self.algo, args.total_iterations)
         self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
         self.phase_points = 0  # how often that phase has reported
+        self.rollouts_judged = False  # by note_odd_rollouts
 
         check_optimizers(method)
         note_changes(args)
@@ -2612,6 +2878,9 @@ class Run:
             if not math.isfinite(value):
                 sys.exit(f"{phase}: {key} is {value}; {self.folder} keeps its last checkpoint")
             self.writer.add_scalar(key, value, self.iteration + point)
+        if "rollout/terminated_frac" in logs and not self.rollouts_judged:
+            self.rollouts_judged = True
+            note_odd_rollouts(self.method, float(logs["rollout/terminated_frac"]))
 
     def progress(self, phase: str, done: int, total: int | None, logs: dict) -> None:
         """Log and show a long phase between two iterations, such as a fit, on a bar of its own."""
@@ -2837,6 +3106,29 @@ def note_idle_parameters(method: nn.Module) -> None:
         if idle and len(idle) < len(parameters):
             name = names.get(idle[0], "a parameter outside the method")
             print(f"note: no loss has reached {name} so far, which {optimizer_name} should move")
+
+
+def note_odd_rollouts(method: nn.Module, terminated: float) -> None:
+    """Say if most imagined steps end, or if imagined rewards are far from all of the data's.
+
+    `terminated` is the share of imagined steps that end. Rewards are as the buffer holds them, with
+    penalties. FAR_REWARD ranges of the data's rewards beyond the largest or smallest are far.
+    """
+    if terminated > 0.5:
+        print(f"note: {terminated:.0%} of the imagined steps end at once: is the model any good?")
+    real = method.split(method.data).reward
+    imagined = method.split(method.model_data[: int(method.num_model_rows)]).reward
+    if len(imagined) == 0:
+        return
+    low = real.min().item()
+    high = real.max().item()
+    room = FAR_REWARD * (high - low)
+    farthest = imagined[(imagined - (low + high) / 2).abs().argmax()].item()
+    if not low - room <= farthest <= high + room:
+        print(
+            f"note: an imagined reward is {farthest:.3g}, the data's are from {low:.3g} to "
+            f"{high:.3g}: the model is far outside the data"
+        )
 
 
 # ----- files -----

@@ -1,7 +1,10 @@
 """Datasets: which rows become which transitions, what is refused."""
 
 import hashlib
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -10,6 +13,9 @@ import pytest
 import torch
 
 import ampl
+import combo
+import mopo
+from small import build_ampl
 
 MAZE = "maze2d-umaze-v1"  # 4 numbers an observation, 2 an action, 300 steps; quick to make
 
@@ -105,15 +111,16 @@ def test_with_stored_next_observations(tmp_path):
 
 
 def test_rows_with_both_flags_and_a_terminal_at_the_end(tmp_path):
-    """The time limit wins, as in D4RL's loader; a terminal needs no s', so the last row stays."""
+    """The terminal wins and keeps its reward; it needs no s', so the last row stays, too."""
     terminals = np.isin(np.arange(11), (2, 8, 10)).astype(np.float64)[:, None]  # a column of 0, 1
     timeouts = np.isin(np.arange(11), (2, 5, 6)).astype(np.uint8)
     data = load(write(tmp_path / "d.hdf5", rows(terminals=terminals, timeouts=timeouts)))
-    assert data["obs"][:, 0].tolist() == [0, 1, 3, 4, 7, 8, 9, 10]
-    assert data["terminated"].tolist() == [False, False, False, False, False, True, False, True]
-    assert data["has_next"].tolist() == [True, True, True, True, True, False, True, False]
-    assert data["next_row"].tolist() == [1, -1, 3, -1, 5, -1, 7, -1]
-    assert data["next_obs"][:, 0].tolist() == [1, 2, 4, 5, 8, 8, 10, 10]
+    assert data["obs"][:, 0].tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10]
+    assert data["reward"].tolist() == [0, 1, 2, 3, 4, 7, 8, 9, 10]
+    assert data["obs"][data["terminated"]][:, 0].tolist() == [2, 8, 10]
+    assert data["obs"][~data["has_next"]][:, 0].tolist() == [2, 8, 10]
+    assert data["next_row"].tolist() == [1, 2, -1, 4, -1, 6, -1, 8, -1]
+    assert data["next_obs"][:, 0].tolist() == [1, 2, 2, 4, 5, 8, 8, 10, 10]
 
 
 def test_a_file_without_timeouts(tmp_path):
@@ -132,6 +139,61 @@ def test_a_file_without_terminals(tmp_path):
     assert not data["terminated"].any()
     assert data["obs"][:, 0].tolist() == [0, 1, 2, 3, 4, 7, 8, 9]
     assert data["next_obs"][:, 0].tolist() == [1, 2, 3, 4, 5, 8, 9, 10]
+
+
+AT = {  # rows as flags of 650; an episode of the maze has 300 steps
+    "ends": np.isin(np.arange(650), (9, 309, 319)),  # after 10, 300 and 10 steps
+    "falls": np.isin(np.arange(650), (9, 319)),
+    "limits": np.isin(np.arange(650), (309,)),
+}
+# Keys of a file -> its terminals, and its time limits: 309 and, where they are counted, 619.
+ENDS = [
+    ({"terminals": "falls", "timeouts": "limits"}, [9, 319], [309]),
+    ({"terminations": "falls", "truncations": "limits"}, [9, 319], [309]),
+    ({"terminals": "falls", "truncations": "limits"}, [9, 319], [309]),
+    ({"terminals": "ends", "timeouts": "limits"}, [9, 309, 319], []),  # a row with both
+    ({"dones": "ends"}, [9, 319], [309, 619]),
+    ({"done": "ends"}, [9, 319], [309, 619]),
+    ({"dones": "falls"}, [9, 319], [309, 619]),  # another library's dones, without time limits
+    ({"dones": "ends", "terminals": "falls"}, [9, 319], [309, 619]),
+    ({"dones": "falls", "terminals": "falls"}, [9, 319], [309, 619]),
+    ({"dones": "ends", "timeouts": "limits"}, [9, 319], [309]),
+    ({"dones": "falls", "truncations": "limits"}, [9, 319], [309]),
+    ({"dones": "ends", "terminals": "falls", "timeouts": "limits"}, [9, 319], [309]),
+    ({"terminations": "falls"}, [9, 319], [309, 619]),
+    ({}, [], [299, 599]),
+]
+
+
+@pytest.mark.parametrize("keys, terminals, limits", ENDS)
+def test_what_ends_are_called(keys, terminals, limits, tmp_path, capsys):
+    """By any of their names they are the same ends; the line of the rows says which were read."""
+    own = {key: AT[name] for key, name in keys.items()}
+    own = {"terminals": None, "timeouts": None} | own
+    data = load(write(tmp_path / "d.hdf5", rows(650, **own)))
+    assert data["obs"][data["terminated"]][:, 0].tolist() == terminals
+    dropped = set(range(650)) - set(data["obs"][:, 0].int().tolist())
+    assert dropped == {*limits, 649}
+    starts = sorted(row + 1 for row in terminals + limits)
+    assert data["starts"][:, 0].tolist() == [0, *starts]
+    printed = capsys.readouterr().out
+    assert f"650 rows, {len(terminals)} terminals and {len(limits)} time limits" in printed
+    if keys:
+        assert f"(from {', '.join(sorted(keys, key=list(ampl.END_KINDS).index))})" in printed
+    alone = keys.keys() <= {"dones", "done"} and len(keys) > 0
+    assert ("an end after 300 steps is taken for a time limit, any other" in printed) == alone
+
+
+def test_the_line_of_the_rows(tmp_path, capsys):
+    """Always one: rows, terminals, time limits, what was dropped and why, unused keys."""
+    path = write(tmp_path / "d.hdf5", rows(pixels=np.zeros((11, 2)), note=np.zeros(3)))
+    load(path)
+    line = (
+        "11 rows, 2 terminals and 2 time limits (from terminals, timeouts); "
+        "3 dropped (2 at a time limit, the last for its s' is not stored); "
+        "2 kept without a known s'; keys not used: note, pixels"
+    )
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_actions_of_other_bounds_are_rescaled(tmp_path):
@@ -175,7 +237,7 @@ def test_counts_and_score(tmp_path, capsys):
     assert source["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     assert source["rows"] == 11
     line = f"{path}: 11 rows, 4 whole episodes, their mean normalized score {score:.1f}"
-    assert capsys.readouterr().out.splitlines()[-1] == line
+    assert line in capsys.readouterr().out.splitlines()
 
 
 def test_bundled_sample():
@@ -266,6 +328,90 @@ def test_minari_package(tmp_path, monkeypatch):
     assert_two_episodes(load(tmp_path / "hand/made-v0/data/main_data.hdf5"))
 
 
+# --- scales ---
+
+MAZE_ENTRIES = {"obs": 4, "action": 2}
+# What the last entry of every observation or action is: a value, and noise around it.
+STILL = [
+    ("obs", 0.0, 0.0),
+    ("obs", 7.3, 0.0),
+    ("obs", 0.0, 1e-7),
+    ("obs", 5.0, 1e-6),
+    ("obs", 0.0, 1e-5),
+    ("obs", 0.0, 1e-4),
+    ("action", 0.0, 0.0),
+    ("action", 0.0, 1e-7),
+    ("action", -0.5, 1e-5),
+    ("action", 1.0, 1e-4),
+]
+FITTED = {
+    ampl.AMPL: {"model_epoch_steps": 30, "rollout_rows": 2000, "buffer_size": 2000},
+    mopo.MOPO: {"rollout_starts": 400, "horizon": 5},
+    combo.COMBO: {"rollout_starts": 400, "horizon": 5},
+}
+
+
+def moving_point(name, value, noise):
+    """D4RL's arrays of a point that the actions push about, but for an entry that hardly varies."""
+    random = np.random.default_rng(0)
+    action = random.uniform(-1, 1, (600, 2))
+    obs = np.zeros((601, 4))
+    if name == "action":
+        action[:, -1] = (value + noise * random.standard_normal(600)).clip(-1, 1)
+    for row in range(600):
+        obs[row + 1, :2] = (obs[row, :2] + 0.1 * action[row]).clip(-1, 1)
+        obs[row + 1, 2:] = action[row]
+    if name == "obs":
+        obs[:, -1] = value + noise * random.standard_normal(601)
+    return {
+        "observations": obs[:-1],
+        "next_observations": obs[1:],
+        "actions": action,
+        "rewards": -np.abs(obs[1:, :2]).sum(1),
+        "terminals": np.zeros(600),
+        "timeouts": np.arange(600) % 30 == 29,
+    }
+
+
+@pytest.mark.parametrize("method", FITTED, ids=lambda method: method.__name__)
+@pytest.mark.parametrize("name, value, noise", STILL)
+def test_entries_that_hardly_vary(name, value, noise, method, capsys):
+    """Imagined rewards stay within FAR_REWARD ranges of the data's, and few rollouts end."""
+    script = sys.modules[method.__module__]
+    small = {"model_max_epochs": 3, "model_hidden": 32, "holdout_size": 50, "hidden": (16, 16)}
+    args = script.Args(env_id=MAZE, cuda=False, **small, **FITTED[method])
+    dataset = script.load_dataset(args, moving_point(name, value, noise))
+    entry = MAZE_ENTRIES[name] - 1
+    line = f"1 of {entry + 1} entries of {name} ({entry}) vary by less than 0.001"
+    assert line in capsys.readouterr().out
+    point = method(args, 4, 2, torch.device("cpu"))
+    point.set_data(dataset)
+    options = [0, torch.ones(len(point.data))] if method is ampl.AMPL else []
+    point.fit_model(*options, lambda *report: None)
+    ended = point.rollout()["rollout/terminated_frac"]
+    assert ended < 0.2
+    script.note_odd_rollouts(point, ended.item())
+    assert capsys.readouterr().out == ""
+    reward = point.split(point.data).reward
+    imagined = point.split(point.model_data[: point.num_model_rows]).reward
+    room = script.FAR_REWARD * (reward.max() - reward.min())
+    assert reward.min() - room < imagined.min()
+    assert imagined.max() < reward.max() + room
+
+
+def test_odd_rollouts_are_noted(capsys):
+    """Most steps end; a reward 11 ranges beyond the data's."""
+    method = build_ampl()
+    capsys.readouterr()
+    ampl.note_odd_rollouts(method, 0.5)
+    assert capsys.readouterr().out == ""
+    ampl.note_odd_rollouts(method, 0.51)
+    assert "51% of the imagined steps end" in capsys.readouterr().out
+    method.model_data[3, 5] = -11.0  # the data's are from 0 to 1
+    ampl.note_odd_rollouts(method, 0.1)
+    assert "an imagined reward is -11, the data's are from 0.0" in capsys.readouterr().out
+
+
 # --- what is refused ---
 
 
@@ -285,11 +431,36 @@ REFUSED = {
         {"next_observations": np.zeros((9, 4))},
         "next_observations are",
     ),
-    "no rewards": ({"rewards": None}, "missing, cut or no D4RL file .*rewards"),
+    "no rewards": (
+        {"rewards": None},
+        "expected observations, actions, rewards, .* found actions, observations, terminals",
+    ),
     "NaN": ({"rewards": with_nan(rows()["rewards"], 7)}, "rewards holds NaN .* row 7"),
     "infinity": ({"observations": np.full((11, 4), np.inf)}, "infinity, first in row 0"),
     "an action outside": ({"actions": np.full((11, 2), 1.1)}, "row 0 leaves the action space"),
-    "text": ({"rewards": np.array(11 * [b"one"])}, "no D4RL file"),
+    "text": ({"rewards": np.array(11 * [b"one"])}, "rewards are of type .S3 and not numbers"),
+    "NaN as a flag": ({"terminals": np.full(11, np.nan)}, "terminals must be 0 or 1, but row 0"),
+    "a small flag": (
+        {"timeouts": 0.001 * (np.arange(11) == 5)},
+        "timeouts must be 0 or 1, but row 5 holds 0.001",
+    ),
+    "a negative flag": (
+        {"terminals": -(np.arange(11) == 5).astype(int)},
+        "must be 0 or 1, but row 5 holds -1",
+    ),
+    "flags as text": ({"terminals": np.array(11 * [b"False"])}, "terminals are .* not 11 flags"),
+    "too few flags": ({"terminals": np.zeros(9)}, "terminals are .9,. .* not 11 flags"),
+    "an unknown end": ({"is_done": np.zeros(11)}, "is_done looks like the ends of episodes"),
+    "an unknown terminal": ({"Terminated": np.zeros(11)}, "Terminated looks like the ends"),
+    "an unknown limit": ({"trunc": np.zeros(11)}, "trunc looks like the ends"),
+    "two names of one": (
+        {"terminations": np.zeros(11)},
+        "of terminals, timeouts, terminations two say the same",
+    ),
+    "dones that contradict": (
+        {"dones": np.arange(11) == 4},
+        "row 4 is done, but neither a terminal nor at a time limit",
+    ),
     "no episode that ends": ({"terminals": np.zeros(11), "timeouts": np.zeros(11)}, "two episodes"),
     "equal rewards": ({"rewards": np.ones(11)}, "all rewards .*equal"),
     "equal rewards but where s' is unknown": (
@@ -309,15 +480,231 @@ def test_refused_files(changes, message, tmp_path):
     assert re.search(message, sentence)
 
 
-def test_files_that_are_none(tmp_path):
-    """No file, and one that is no HDF5."""
-    assert "no D4RL file" in refusal(load, tmp_path / "missing.hdf5")
-    (tmp_path / "page.hdf5").write_text("<html>please log in</html>")
-    assert "no D4RL file" in refusal(load, tmp_path / "page.hdf5")
+@pytest.mark.parametrize("changes, message", REFUSED.values(), ids=REFUSED.keys())
+def test_refused_arrays(changes, message):
+    """The same sentences where the arrays are given by hand."""
+    arrays = rows(**changes)
+    sentence = refusal(ampl.load_dataset, ampl.Args(env_id=MAZE), arrays)
+    assert re.search(message.replace("actions, observations", "observations, actions"), sentence)
+
+
+def no_file(path):
+    pass
+
+
+def a_folder(path):
+    path.mkdir()
+
+
+def a_pipe(path):
+    os.mkfifo(path)
+
+
+def a_page(path):
+    path.write_text("<html>please log in</html>")
+
+
+def cut(path):
+    write(path, rows())
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def a_flipped_chunk(path):
+    with h5py.File(path, "w") as file:
+        for key, value in rows().items():
+            file.create_dataset(key, data=value, chunks=value.shape, fletcher32=True)
+        place = file["rewards"].id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def another_layout(path):
+    with h5py.File(path, "w") as file:
+        file["data/demo_0/actions"] = np.zeros((3, 2))
+        file["mask/train"] = np.zeros(3)
+
+
+def a_group(path):
+    write(path, rows(observations=None))
+    with h5py.File(path, "a") as file:
+        file["observations/position"] = np.zeros((11, 2))
+
+
+def external_link(path):
+    write(path, rows(rewards=None))
+    other = write(path.with_name("other.hdf5"), rows())
+    with h5py.File(path, "a") as file:
+        file["rewards"] = h5py.ExternalLink(other, "rewards")
+
+
+def soft_link(path):
+    write(path, rows(rewards=None))
+    with h5py.File(path, "a") as file:
+        file["rewards"] = h5py.SoftLink("/elsewhere")
+
+
+def virtual_array(path):
+    write(path, rows(rewards=None))
+    other = write(path.with_name("other.hdf5"), rows())
+    layout = h5py.VirtualLayout((11,), np.float32)
+    layout[:] = h5py.VirtualSource(other, "rewards", (11,))
+    with h5py.File(path, "a") as file:
+        file.create_virtual_dataset("rewards", layout)
+
+
+def external_array(path):
+    write(path, rows(rewards=None))
+    with h5py.File(path, "a") as file:
+        file.create_dataset("rewards", (11,), np.float32, external=[(b"/etc/hostname", 0, 44)])
+
+
+def too_large(path, **options):
+    write(path, rows(observations=None))
+    with h5py.File(path, "a") as file:
+        file.create_dataset("observations", (10**12, 4), np.float32, **options)
+
+
+def too_large_and_packed(path):
+    too_large(path, chunks=(10**6, 4), compression="gzip")
+
+
+def half_written(path):
+    write(path, rows(observations=None))
+    with h5py.File(path, "a") as file:
+        written = file.create_dataset("observations", (11, 4), np.float32, chunks=(4, 4))
+        written[:8] = 1.0
+
+
+def a_chunk_that_unpacks_too_far(path):
+    write(path, rows(observations=None))
+    with h5py.File(path, "a") as file:
+        shape = (2**27, 4)
+        options = {"chunks": shape, "compression": "gzip"}
+        packed = file.create_dataset("observations", shape, np.float32, **options)
+        packed.id.write_direct_chunk((0, 0), b"not much")
+
+
+def unknown_compression(path):
+    write(path, rows(rewards=None))
+    with h5py.File(path, "a") as file:
+        settings = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        settings.set_chunk((11,))
+        settings.set_filter(32999, h5py.h5z.FLAG_OPTIONAL)
+        space = h5py.h5s.create_simple((11,))
+        dataset = h5py.h5d.create(file.id, b"rewards", h5py.h5t.NATIVE_FLOAT, space, settings)
+        dataset.write_direct_chunk((0,), b"packed")
+
+
+def a_gap(path):
+    write_minari(path, two_episodes() + two_episodes())
+    with h5py.File(path, "a") as file:
+        del file["episode_2"]
+
+
+def no_first_episode(path):
+    write_minari(path, two_episodes())
+    with h5py.File(path, "a") as file:
+        del file["episode_0"]
+
+
+def a_linked_episode(path):
+    write_minari(path, two_episodes())
+    with h5py.File(path, "a") as file:
+        del file["episode_1"]
+        file["episode_1"] = h5py.ExternalLink("other.hdf5", "episode_1")
+
+
+def an_episode_without_rewards(path):
+    episodes = two_episodes()
+    del episodes[1]["rewards"]
+    write_minari(path, episodes)
+
+
+def a_missing_observation(path):
+    episodes = two_episodes()
+    episodes[0]["observations"] = episodes[0]["observations"][1:]
+    write_minari(path, episodes)
+
+
+BROKEN = [
+    (no_file, "there is no "),
+    (a_folder, "is a folder or a device and no file"),
+    (a_pipe, "is a folder or a device and no file"),
+    (a_page, "is no HDF5 file"),
+    (cut, "is cut: fetch or copy it again"),
+    (a_flipped_chunk, "cannot be read, or is damaged"),
+    (another_layout, "another layout .*expected observations, actions, .* found data, mask"),
+    (a_group, "observations is a group of arrays, such as position"),
+    (external_link, "rewards is a link"),
+    (soft_link, "rewards is a link"),
+    (virtual_array, "rewards lies in other files"),
+    (external_array, "rewards lies in other files"),
+    (too_large, "observations has the shape .1000000000000, 4., but the file does not hold"),
+    (too_large_and_packed, "observations has the shape .*does not hold so much"),
+    (half_written, "observations has the shape .11, 4., but the file does not hold so much"),
+    (a_chunk_that_unpacks_too_far, "observations has the shape .*does not hold so much"),
+    (unknown_compression, "rewards is compressed by .*pip install hdf5plugin"),
+    (a_gap, "there are 3 episodes, but no episode_2"),
+    (no_first_episode, "there are 1 episodes, but no episode_0"),
+    (a_linked_episode, "episode_1 is a link"),
+    (an_episode_without_rewards, "episode_1 has no rewards; found actions, observations"),
+    (a_missing_observation, "episode_0 needs as many actions as rewards, and one obs"),
+]
+
+
+@pytest.mark.parametrize("broken, message", BROKEN, ids=lambda value: str(value))
+def test_broken_files(broken, message, tmp_path):
+    """A sentence of its own for each, before memory is asked for."""
+    path = tmp_path / "d.hdf5"
+    broken(path)
+    sentence = refusal(load, path)
+    assert str(path) in sentence
+    assert re.search(message, sentence)
+
+
+def test_a_file_that_is_being_written(tmp_path):
+    path = write(tmp_path / "d.hdf5", rows())
+    hold = (
+        "import h5py, sys; file = h5py.File(sys.argv[1], 'a'); print('open', flush=True); input()"
+    )
+    command = [sys.executable, "-c", hold, path]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        assert "is locked by a program that writes it" in refusal(load, path)
+        writer.communicate(b"\n")
+    load(path)
+
+
+def test_a_file_that_changes_meanwhile(tmp_path, monkeypatch):
+    """Its hash would not be that of the rows that were read."""
+    path = write(tmp_path / "d.hdf5", rows())
+    read_array = ampl.read_array
+
+    def replace_and_read(path, group, key):
+        other = write(path.with_name("other.hdf5"), rows(rewards=np.ones(11)))
+        os.replace(other, path)
+        return read_array(path, group, key)
+
+    monkeypatch.setattr(ampl, "read_array", replace_and_read)
+    assert "was changed while it was read" in refusal(load, path)
+
+
+def test_what_is_not_needed_is_not_read(tmp_path, capsys):
+    """A large array of another key, even one that cannot be read."""
+    path = tmp_path / "d.hdf5"
+    write(path, rows())
+    with h5py.File(path, "a") as file:
+        file.create_dataset("images", (10**12, 4), np.uint8)
+        file["elsewhere"] = h5py.ExternalLink("none.hdf5", "none")
+    load(path)
+    assert "keys not used: elsewhere, images" in capsys.readouterr().out
 
 
 def test_dictionary_observations_are_refused(tmp_path):
     """As PointMaze's of Minari are: observation, achieved_goal, desired_goal."""
-    parts = {"observations/observation": np.zeros((4, 4)), "rewards": np.zeros(3)}
+    parts = two_episodes()[0]
+    del parts["observations"]
+    parts["observations/observation"] = np.zeros((4, 4))
     path = write_minari(tmp_path / "main_data.hdf5", [parts])
     assert "dictionaries" in refusal(load, path)

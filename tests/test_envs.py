@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import runpy
+import sys
 import types
 from pathlib import Path
 
@@ -234,6 +235,106 @@ def test_the_rule_of_ending_is_the_simulators(env_id):
         if terminated or truncated:
             env.reset()
     assert ends > 2
+
+
+RULES = {
+    # Ids whose family's rule is known: D4RL's, gymnasium's, ours.
+    "hopper-medium-v2": "hopper",
+    "hopper-full-replay-v1": "hopper",
+    "hopper-medium-expert-v0": "hopper",
+    "walker2d-random-v2": "walker2d",
+    "ant-medium-replay-v2": "ant",
+    "ant-random-expert-v0": "ant",
+    "ant-angle-v0": "ant",
+    "pen-cloned-v1": "pen",
+    "Hopper-v4": "hopper",
+    "Walker2d-v5": "walker2d",
+    "Ant-v2": "ant",
+    # Tasks that never end, and other tasks whose names begin alike.
+    "halfcheetah-medium-v2": None,
+    "door-expert-v1": None,
+    "pen-mine-v0": None,
+    "hopper-mine-v0": None,
+    "hopper-medium-v3": None,
+    "my-hopper-medium-v2": None,
+    "hopper-medium-v2-mine": None,
+    "hopper": None,
+    "Hopper-v40": None,
+    "HOPPER-V4": None,
+    "antmaze-umaze-v0": None,
+    "ant-umaze-v0": None,
+    "AdroitHandPen-v1": None,  # it goes on after a drop
+    "bullet-hopper-medium-v0": None,
+}
+
+
+@pytest.mark.parametrize("env_id, family", RULES.items())
+def test_a_rule_of_ending_belongs_to_exact_ids(env_id, family):
+    assert ampl.rule_of_ending(env_id) == ampl.FAMILY_ENDS.get(family)
+
+
+def test_every_id_of_d4rl_and_gymnasium_has_its_rule():
+    """All of these families that d4rl's table and gymnasium's registry have."""
+    ampl.load_simulators()
+    for env_id in [*ampl.d4rl_tables()["DATASET_URLS"], *gymnasium.registry]:
+        own = ampl.family_of(env_id) in ampl.FAMILY_ENDS and "mine" not in env_id
+        assert (ampl.rule_of_ending(env_id) is not None) == own, env_id
+
+
+def never(next_obs):
+    return torch.zeros_like(next_obs[..., 0], dtype=torch.bool)
+
+
+def test_rules_of_ones_own(monkeypatch):
+    """By id in ENDS, which comes first, or as `ends` of the module that registers the id."""
+    own = types.ModuleType("own_tasks")
+    own.ends = never
+    monkeypatch.setitem(sys.modules, "own_tasks", own)
+    monkeypatch.setitem(sys.modules, "other_tasks", types.ModuleType("other_tasks"))
+    assert ampl.rule_of_ending("own_tasks:pen-mine-v0") is never
+    assert ampl.rule_of_ending("other_tasks:pen-mine-v0") is None
+    assert ampl.rule_of_ending("pen-mine-v0") is None
+    monkeypatch.setitem(ampl.ENDS, "own_tasks:pen-mine-v0", ampl.hopper_ends)
+    monkeypatch.setitem(ampl.ENDS, "Hopper-v4", never)
+    assert ampl.rule_of_ending("own_tasks:pen-mine-v0") is ampl.hopper_ends
+    assert ampl.known_termination("Hopper-v4", torch.zeros(2, 11)).tolist() == [False, False]
+
+
+CONTRADICTIONS = [
+    # rows that the rule ends and rows that the data's terminals end, of 100 with a known s'
+    (5, 5, None),
+    (5, 4, None),
+    (7, 5, "ends 7.0% of the rows with a known s', the data's terminals 5.0%; they differ on 2.0%"),
+    (0, 30, "ends 0.0% of the rows .* terminals 30.0%; they differ on 30.0%"),
+]
+
+
+@pytest.mark.parametrize("ruled, stored, message", CONTRADICTIONS)
+def test_a_rule_that_contradicts_the_data(ruled, stored, message, monkeypatch, capsys):
+    """In one line with both figures, from 1 % of the rows on. Rows without s' do not count."""
+    monkeypatch.setitem(ampl.ENDS, "mine-v0", is_small)
+    row = torch.arange(110)
+    next_obs = row[:, None].float()
+    data = {"next_obs": next_obs, "terminated": row < stored, "has_next": row < 100}
+    next_obs[ruled:100] += 1000
+    ampl.note_rule("mine-v0", data)
+    printed = capsys.readouterr().out
+    if message is None:
+        assert printed == ""
+    else:
+        assert re.search(f"note: mine-v0's rule of ending {message}", printed)
+        assert printed.count("\n") == 1
+
+
+def is_small(next_obs):
+    return next_obs[..., 0] < 1000
+
+
+def test_a_rule_that_does_not_fit_the_observations(monkeypatch):
+    monkeypatch.setitem(ampl.ENDS, "mine-v0", ampl.pen_ends)
+    data = {"next_obs": torch.zeros(9, 4), "terminated": torch.zeros(9)}
+    with pytest.raises(SystemExit, match="the rule of ending of mine-v0 does not work on its obs"):
+        ampl.note_rule("mine-v0", data | {"has_next": torch.ones(9, dtype=torch.bool)})
 
 
 def test_scores():

@@ -285,7 +285,7 @@ def at_origin(next_obs: Tensor) -> Tensor:
 def point_task(monkeypatch):
     """The task is called point-v0. Its id stands in three tables of ampl.py."""
     gymnasium.register("point-v0", entry_point=Point, max_episode_steps=30)
-    monkeypatch.setitem(ampl.ENDS, "point", at_origin)
+    monkeypatch.setitem(ampl.ENDS, "point-v0", at_origin)
     monkeypatch.setitem(ampl.REFERENCES, "point-v0", (-1.0, 1.0))
     monkeypatch.setitem(ampl.PAPER, "point-v0", (2, 3, 0.5, 1.0))
     yield "point-v0"

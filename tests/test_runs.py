@@ -555,8 +555,8 @@ gymnasium.register("Broken-v0", broken)
 # Command lines with a mistake, and what the one sentence says; {places} are made below.
 MISTAKES = [
     ("--dataset-path nowhere.hdf5", "nowhere.hdf5 is missing"),
-    ("--dataset-path {folder}", "no D4RL file"),
-    ("--dataset-path {page}", "no D4RL file"),
+    ("--dataset-path {folder}", "a folder or a device"),
+    ("--dataset-path {page}", "no HDF5 file"),
     ("--dataset-path {foreign_file}", "rewards|actions|observations"),
     ("--dataset-path {half}", "cut"),
     ("--env-id pen-humam-v1", "did you mean .*pen-human-v1"),
