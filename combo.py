@@ -1326,7 +1326,8 @@ def check_number(flag: str, number: float, kind: type, limit: Range) -> None:
     whole = isinstance(number, int) and not isinstance(number, bool)
     if kind is int and not whole:
         sys.exit(f"{flag} is {number!r}, but must be a whole number")
-    if not (whole or isinstance(number, float)) or math.isnan(number):
+    fractional = isinstance(number, float) and not math.isnan(number)
+    if not (whole or fractional):
         sys.exit(f"{flag} is {number!r}, but must be a number")
     too_low = number < limit.low or (number == limit.low and not limit.low_is_allowed)
     if too_low or number > limit.high:
