@@ -912,10 +912,10 @@ def note(args: Args, facts: list[str]) -> str:
 def output_path(args: Args) -> Path:
     """--output, else D4RL's own name in D4RL's folder."""
     if args.output is not None:
-        return Path(args.output).expanduser()
+        return mopo.expanded(args.output)
     url = mopo.d4rl_tables()["DATASET_URLS"].get(args.env_id, f"{args.env_id}.hdf5")
     folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
-    return Path(folder).expanduser() / url.rsplit("/", 1)[-1]
+    return mopo.expanded(folder) / url.rsplit("/", 1)[-1]
 
 
 def check_files(args: Args, path: Path, partial: Path) -> None:

@@ -1020,6 +1020,14 @@ def expand_home(args: Args) -> Args:
     return dataclasses.replace(args, **changes)
 
 
+def expanded(path: str) -> Path:
+    """A path with the home folder in place of a ~. Raises SystemExit where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        sys.exit(f"there is no home folder for {path}: set the variable HOME")
+
+
 def help_header(settings: type) -> str:
     """What --help begins with: the first two sentences of the script, and its usual commands."""
     module = sys.modules[settings.__module__]
@@ -1262,7 +1270,7 @@ def d4rl_entry(table: str, env_id: str) -> str | float | None:
 def find_dataset(args: Args) -> Path:
     """--dataset-path, else the task's file in D4RL's or Minari's folder, else a download."""
     if args.dataset_path:
-        return Path(args.dataset_path).expanduser()
+        return expanded(args.dataset_path)
     env_id = args.env_id
     url = d4rl_entry("DATASET_URLS", env_id)
     path = d4rl_path(env_id, url)
@@ -1282,7 +1290,7 @@ def d4rl_path(env_id: str, url: str | None) -> Path:
     """Where d4rl keeps a task's file. One's own data may lie there as well, under the task's id."""
     name = f"{env_id}.hdf5" if url is None else url.rsplit("/", 1)[-1]
     folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
-    return Path(folder).expanduser() / name
+    return expanded(folder) / name
 
 
 def minari_name(env_id: str) -> str:
@@ -1293,7 +1301,7 @@ def minari_name(env_id: str) -> str:
 def minari_path(env_id: str) -> Path:
     """Where minari keeps the data set of an Adroit task."""
     folder = os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets"
-    return Path(folder).expanduser() / "D4RL" / minari_name(env_id) / "data/main_data.hdf5"
+    return expanded(folder) / "D4RL" / minari_name(env_id) / "data/main_data.hdf5"
 
 
 def sources_of(env_id: str, url: str) -> list[Source]:
@@ -2424,7 +2432,7 @@ class Run:
         """Where a new run writes to. Raises SystemExit if the folder is there already."""
         args = self.args
         name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(args.run_dir).expanduser() / name.replace("/", "-")
+        folder = expanded(args.run_dir) / name.replace("/", "-")
         if folder.exists():
             sys.exit(f"{folder} is there already: start again in a second")
         return folder
@@ -2433,7 +2441,7 @@ class Run:
         """Save the settings and the scripts."""
         settings = vars(self.args) | {"resume": None}
         if self.args.dataset_path:  # --resume may be called from another folder
-            settings["dataset_path"] = str(Path(self.args.dataset_path).expanduser().absolute())
+            settings["dataset_path"] = str(expanded(self.args.dataset_path).absolute())
         save(settings, self.folder / "args.json")
         for file in source_files(type(self.method)):
             (self.folder / file.name).write_bytes(file.read_bytes())

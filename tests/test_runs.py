@@ -696,6 +696,16 @@ def test_a_folder_called_wandb_is_not_wandb(tmp_path, monkeypatch):
         command("--track")
 
 
+def test_no_home(monkeypatch):
+    """The user has neither HOME nor an entry in the list of users."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    for argv in (["--env-id", ENV], ["--dataset-path", "~/x.hdf5"]):
+        with pytest.raises(SystemExit, match="there is no home folder for .*: set the variable"):
+            command(*argv)
+
+
 @pytest.mark.parametrize(
     "answer, commit",
     [
