@@ -108,7 +108,7 @@ AT_MOST_ONE = [
     "omega_tau",
 ]
 # Numbers of which one, or a thousand million, contradicts the tiny run's others or any machine.
-NOT_ONE = ["ensemble_size", "total_iterations", "buffer_size", "sac_steps", "gpus"]
+NOT_ONE = ["ensemble_size", "buffer_size", "sac_steps", "gpus"]
 NOT_BILLION = [
     "threads",
     "gpus",
@@ -119,6 +119,12 @@ NOT_BILLION = [
     "rollout_rows",
     "warmup_iterations",
     "random_steps",
+]
+CONTRADICTIONS = [
+    (ampl, "total_iterations", "1"),  # less than the warm-up
+    (combo, "batch_size", "1"),  # of which the data's share is less than a row
+    (combo, "real_fraction", "0"),
+    (combo, "real_fraction", "1e-30"),
 ]
 # Flags that contradict each other or make no sense together.
 PAIRS = {
@@ -231,6 +237,8 @@ def words_for(base) -> list[str]:
 
 def is_senseless(script, name: str, base, text: str) -> bool:
     """Must the flag refuse this text? This is known without a look at the script's own ranges."""
+    if (script, name, text) in CONTRADICTIONS:
+        return True
     if base in (int, float):
         if text == "0":
             return name not in ZERO
@@ -239,8 +247,7 @@ def is_senseless(script, name: str, base, text: str) -> bool:
         if text == "2":
             return name in AT_MOST_ONE
         if text == "1":
-            no_data = script is combo and name == "batch_size"  # half a row
-            return no_data or name in NOT_ONE
+            return name in NOT_ONE
         if text == "1000000000":
             return name in NOT_BILLION
         return text != "1e-30"
