@@ -149,15 +149,20 @@ class Range(NamedTuple):
     """From `low` to `high`, both included, unless low_is_allowed is False."""
 
     low: float
-    high: float = math.inf
+    high: float = 1e9  # far above all that makes sense, and a product of a few is no infinity
     low_is_allowed: bool = True
 
 
+CORES = os.cpu_count() or 1
 Count = Annotated[int, Range(1), tyro.conf.arg(metavar="INT>=1")]
 CountOrZero = Annotated[int, Range(0), tyro.conf.arg(metavar="INT>=0")]
+Seed = Annotated[int, Range(0, 2**32 - 1), tyro.conf.arg(metavar="0..2^32-1")]
+Threads = Annotated[int, Range(0, CORES), tyro.conf.arg(metavar=f"0..{CORES}")]
 Share = Annotated[float, Range(0, 1), tyro.conf.arg(metavar="0..1")]
+Rate = Annotated[float, Range(0, 1, low_is_allowed=False), tyro.conf.arg(metavar="0<..1")]
 Positive = Annotated[float, Range(0, low_is_allowed=False), tyro.conf.arg(metavar="FLOAT>0")]
 NonNegative = Annotated[float, Range(0), tyro.conf.arg(metavar="FLOAT>=0")]
+Number = Annotated[float, Range(-1e9), tyro.conf.arg(metavar="FLOAT")]
 
 
 # Defaults are those of the authors' code, unless marked (paper), (script: their launch script) or
@@ -167,7 +172,7 @@ class Args:
     # --- task and data ---
     env_id: str = "maze2d-umaze-v1"  # task in PAPER, D4RL or gymnasium
     dataset_path: str | None = None  # HDF5 file (default: the task's in D4RL's folder)
-    seed: CountOrZero = 0  # seed of all random draws (the paper reports five)
+    seed: Seed = 0  # seed of all random draws (the paper reports five)
     total_iterations: Count = 1_000_000  # iterations of the main loop
     initial_states: Literal["simulator", "dataset"] = "simulator"  # source of initial states
     num_initial_states: Count = 100_000  # number of initial states drawn from the simulator
@@ -192,7 +197,7 @@ class Args:
     real_decay_every: Count = 5000  # iterations per 0.1 decrease of f (in a short test fewer)
     # --- critics ---
     gamma: Share = 0.99  # discount factor
-    tau: Share = 0.005  # soft-update rate of the targets and of Q_avg
+    tau: Rate = 0.005  # soft-update rate of the targets and of Q_avg
     batch_size: Count = 512  # batch size B (script)
     critic_lr: Positive = 3e-4  # Adam learning rate of the critics
     critic_grad_norm: Positive = 0.1  # gradient clipping norm, all critics together
@@ -216,7 +221,7 @@ class Args:
     omega_batch_size: Count = 1024  # data rows per step
     omega_initial_batch_size: Count = 2048  # initial states per step
     omega_power: Positive = 0.2  # exponent of omega's softplus (task)
-    omega_tau: Share = 0.01  # soft-update rate of the targets of omega's training
+    omega_tau: Rate = 0.01  # soft-update rate of the targets of omega's training
     omega_mean_bound: Positive = 10.0  # upper bound on omega's mean over a batch
     omega_grad_norm: Positive = 1.0  # gradient clipping norm
     # --- evaluation ---
@@ -240,7 +245,7 @@ class Args:
     cuda_graphs: bool = True  # recording of training steps as CUDA graphs (GPU)
     tf32: bool = False  # faster, less exact matrix products, with errors of 1e-3 (GPU)
     cpu_fast_matmul: bool = True  # oneDNN matrix products, if a test finds them exact (CPU)
-    threads: CountOrZero = 0  # CPU threads of torch (0: torch's default)
+    threads: Threads = 0  # CPU threads of torch (0: torch's default)
 
 
 # The launch script's values for the paper's tasks; others have the defaults above (ours). Where the
@@ -1204,7 +1209,8 @@ def main(settings: type = Args, method: type = AMPL) -> None:
         scores = evaluate(policy, args, args.final_episodes, 0)
         report(policy, args, scores, Path(args.evaluate))
     else:
-        train(args, method)
+        with enough_memory():
+            train(args, method)
 
 
 # ===== Appendix, the same in ampl.py, mopo.py and combo.py: may be skipped ========================
@@ -1239,6 +1245,8 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     The command line is read twice. A first look finds the task, or the saved run; the defaults
     of the second look are the settings of that task or run, so that --help shows them.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that it cannot print
+        sys.stdout.reconfigure(errors="backslashreplace")
     hide_unused_flags(settings)
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
     first = expand_home(first)
@@ -1261,8 +1269,10 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
         refuse_new_flags("--resume", args, default, NEW_WITH_RESUME)
     elif first.evaluate is not None:
         refuse_new_flags("--evaluate", args, default, NEW_WITH_EVALUATE)
-    if args.track and importlib.util.find_spec("wandb") is None:
-        sys.exit("--track needs Weights and Biases: pip install wandb")
+    if args.track:
+        package = importlib.util.find_spec("wandb")
+        if package is None or package.origin is None:  # a mere folder of that name has no origin
+            sys.exit("--track needs Weights and Biases: pip install wandb")
     check_args(args)
     return args
 
@@ -1274,6 +1284,14 @@ def expand_home(args: Args) -> Args:
         if isinstance(value, str) and value.startswith("~"):
             changes[name] = os.path.expanduser(value)
     return dataclasses.replace(args, **changes)
+
+
+def expanded(path: str) -> Path:
+    """A path with the home folder in place of a ~. Raises SystemExit where there is none."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        sys.exit(f"there is no home folder for {path}: set the variable HOME")
 
 
 def help_header(settings: type) -> str:
@@ -1307,39 +1325,55 @@ def check_ranges(args: Args) -> None:
     """Stop where a setting is none of the values that its type names. Raises SystemExit."""
     check_fields(args)
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        value = getattr(args, name)
-        flag = "--" + name.replace("_", "-")
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            sys.exit(f"{flag} is {value!r}, but must be one of {get_args(kind)}")
-        if get_origin(kind) is tuple:  # of numbers, which all have the type of the first
-            entries = get_args(kind)
-            if Ellipsis not in entries and len(value) != len(entries):
-                sys.exit(f"{flag} is {value}, but must have {len(entries)} numbers")
-            kind = entries[0]
-            values = value
-        else:
-            values = [value]
-        limits = [extra for extra in getattr(kind, "__metadata__", ()) if isinstance(extra, Range)]
-        for limit in limits:
-            for number in values:
-                check_number(flag, number, kind.__origin__, limit)
+        check_value("--" + name.replace("_", "-"), getattr(args, name), kind)
+
+
+def check_value(flag: str, value, kind: type) -> None:
+    """Stop unless a value is of a type, of those that `Args` has. Raises SystemExit."""
+    limit = Range(-1e9)
+    if type(None) in get_args(kind):  # X | None
+        if value is None:
+            return
+        kind = get_args(kind)[0]
+    if get_origin(kind) is Annotated:
+        kind, *extras = get_args(kind)
+        for extra in extras:
+            if isinstance(extra, Range):
+                limit = extra
+
+    if get_origin(kind) is Literal and value not in get_args(kind):
+        sys.exit(f"{flag} is {value!r}, but must be one of {get_args(kind)}")
+    if get_origin(kind) is tuple:  # all entries have the type of the first
+        entries = get_args(kind)
+        if not isinstance(value, tuple):
+            sys.exit(f"{flag} is {value!r}, but must be a tuple")
+        if not value:
+            sys.exit(f"{flag} needs at least one value")
+        if Ellipsis not in entries and len(value) != len(entries):
+            sys.exit(f"{flag} is {value}, but must have {len(entries)} numbers")
+        for entry in value:
+            check_value(flag, entry, entries[0])
+    if kind is bool and not isinstance(value, bool):
+        sys.exit(f"{flag} is {value!r}, but must be True or False")
+    if kind is str and not (isinstance(value, str) and value):
+        sys.exit(f"{flag} is {value!r}, but must be a text that is not empty")
+    if kind in (int, float):
+        check_number(flag, value, kind, limit)
 
 
 def check_number(flag: str, number: float, kind: type, limit: Range) -> None:
     """Stop unless it is a finite number of this kind, within its limit. Raises SystemExit."""
-    if kind is int:
-        right_kind = isinstance(number, int) and not isinstance(number, bool)
-        name = "a whole number"
-    else:
-        right_kind = isinstance(number, (int, float)) and math.isfinite(number)
-        name = "a number"
-    if not right_kind:
-        sys.exit(f"{flag} is {number}, but must be {name}")
+    whole = isinstance(number, int) and not isinstance(number, bool)
+    if kind is int and not whole:
+        sys.exit(f"{flag} is {number!r}, but must be a whole number")
+    fractional = isinstance(number, float) and not math.isnan(number)
+    if not (whole or fractional):
+        sys.exit(f"{flag} is {number!r}, but must be a number")
     too_low = number < limit.low or (number == limit.low and not limit.low_is_allowed)
     if too_low or number > limit.high:
         least = "at least" if limit.low_is_allowed else "above"
-        most = "" if limit.high == math.inf else f" and at most {limit.high:g}"
-        sys.exit(f"{flag} is {number}, but must be {least} {limit.low:g}{most}")
+        most = f" and at most {limit.high:.10g}"
+        sys.exit(f"{flag} is {number}, but must be {least} {limit.low:.10g}{most}")
 
 
 def check_fields(args: Args) -> None:
@@ -1405,7 +1439,7 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
 
     All tensors are on the CPU. The example above `to_transitions` explains the last three of them.
     """
-    env = make_env(args.env_id)  # comes first, so that a mistyped id costs no download
+    env = try_env(args.env_id)  # comes first, so that a mistyped id costs no download
     path = find_dataset(args) if arrays is None else Path("arrays")
     if arrays is None:
         raw, unused, sha256 = read_hdf5(path)
@@ -1505,7 +1539,7 @@ def d4rl_entry(table: str, env_id: str) -> str | float | None:
 def find_dataset(args: Args) -> Path:
     """--dataset-path, else the task's file in D4RL's or Minari's folder, else a download."""
     if args.dataset_path:
-        return Path(args.dataset_path).expanduser()
+        return expanded(args.dataset_path)
     env_id = args.env_id
     url = d4rl_entry("DATASET_URLS", env_id)
     path = d4rl_path(env_id, url)
@@ -1525,7 +1559,7 @@ def d4rl_path(env_id: str, url: str | None) -> Path:
     """Where d4rl keeps a task's file. One's own data may lie there as well, under the task's id."""
     name = f"{env_id}.hdf5" if url is None else url.rsplit("/", 1)[-1]
     folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
-    return Path(folder).expanduser() / name
+    return expanded(folder) / name
 
 
 def minari_name(env_id: str) -> str:
@@ -1536,7 +1570,7 @@ def minari_name(env_id: str) -> str:
 def minari_path(env_id: str) -> Path:
     """Where minari keeps the data set of an Adroit task."""
     folder = os.environ.get("MINARI_DATASETS_PATH") or "~/.minari/datasets"
-    return Path(folder).expanduser() / "D4RL" / minari_name(env_id) / "data/main_data.hdf5"
+    return expanded(folder) / "D4RL" / minari_name(env_id) / "data/main_data.hdf5"
 
 
 def sources_of(env_id: str, url: str) -> list[Source]:
@@ -1976,7 +2010,9 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
     never both true. -> the keys that the ends were read from
     """
     # The task's own bounds of actions; `env` itself takes them from [-1, 1] already.
-    action_space = env.unwrapped.action_space
+    action_space = env.action_space
+    if isinstance(env, gymnasium.wrappers.RescaleAction):
+        action_space = env.env.action_space
     size = len(raw["rewards"])
     shapes = {
         "actions": (size, *action_space.shape),
@@ -2490,7 +2526,41 @@ def make_registered(env_id: str, render_mode: str | None) -> gymnasium.Env:
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
+    box = env.action_space
+    if box.dtype.kind != "f":
+        sys.exit(f"--env-id {env_id}: its actions are {box.dtype}; only continuous actions work")
+    widths = np.subtract(box.high, box.low, dtype=np.float64)
+    unfit = ~((widths > 0) & (widths < 1e9))
+    if unfit.any():
+        i = unfit.argmax()
+        bounds = f"from {box.low[i]} to {box.high[i]}"
+        sys.exit(f"--env-id {env_id}: entry {i} of an action goes {bounds}: no finite range")
     return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def try_env(env_id: str) -> gymnasium.Env:
+    """The environment after one step, so that its mistakes show now and not after an hour's fit.
+
+    Raises SystemExit where it cannot be reset with the largest seed or stepped, or where what it
+    gives is no observation of its space, or no single finite number as the reward.
+    """
+    env = make_env(env_id)
+    shape = env.observation_space.shape
+    try:
+        obs, _ = env.reset(seed=2**32 - 1)
+        middle = np.zeros(env.action_space.shape, np.float32)
+        next_obs, reward, terminated, truncated, _ = env.step(middle)
+        for state in (obs, next_obs):
+            if np.shape(state) != shape or not np.isfinite(state).all():
+                raise ValueError(f"an observation is {state} and not {shape} finite numbers")
+        if np.shape(reward) != () or not math.isfinite(reward):
+            raise ValueError(f"the reward is {reward!r} and not a finite number")
+        if np.shape(terminated) != () or np.shape(truncated) != ():
+            raise ValueError("terminated and truncated are arrays and not True or False")
+    except Exception as error:  # whatever an environment raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        sys.exit(f"--env-id {env_id}: a reset and a step do not work, mend them first ({reason})")
+    return env
 
 
 class D4RLSemantics(gymnasium.Wrapper):
@@ -2643,6 +2713,21 @@ def reseed(seed: int, phase: str, k: int = 0) -> None:
     torch.manual_seed(int.from_bytes(digest[:4], "little"))
 
 
+@contextlib.contextmanager
+def enough_memory():
+    """`with enough_memory():` where too little memory, in torch's words or NumPy's, is a sentence.
+
+    Raises SystemExit. Other errors pass.
+    """
+    try:
+        yield
+    except (MemoryError, OverflowError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        if isinstance(error, RuntimeError) and not re.search("memory|overflow", reason, re.I):
+            raise
+        sys.exit(f"the sizes need more memory than there is: lower them ({reason})")
+
+
 # ===== E. Evaluation and video ====================================================================
 # Whatever has a function `act`, from observations [n, S] to actions [n, A] in [-1, 1], can be
 # evaluated. A score is the return of a whole episode on D4RL's scale.
@@ -2668,15 +2753,26 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
     with torch.random.fork_rng():
         reseed(args.seed, "evaluation", k)
         for first in range(0, episodes, args.eval_episodes):
-            # Environment i is seeded with i more: no two episodes of whatever seeds begin alike.
-            env_seed = 10**10 * args.seed + 1000 * (k + first)
-            returns = one_episode_each(method, envs, env_seed)
+            numbers = range(first, first + args.eval_episodes)
+            env_seeds = [episode_seed(args.seed, k, number) for number in numbers]
+            returns = one_episode_each(method, envs, env_seeds)
             scores.append(scores_of(args.env_id, returns))
     return np.concatenate(scores)[:episodes]
 
 
+def episode_seed(seed: int, k: int, number: int) -> int:
+    """What the environment of an episode is seeded with: below 2**32, as NumPy's RandomState asks.
+
+    A hash, so that runs of neighbouring seeds and neighbouring evaluations have no start in common,
+    as they would with sums. Of the 50,000 episodes of a paper's curve two are alike with
+    probability 1/4, wherever they stand.
+    """
+    digest = hashlib.sha256(f"{seed} episode {k} {number}".encode()).digest()
+    return int.from_bytes(digest[:4], "little")
+
+
 def one_episode_each(
-    method: nn.Module, envs: gymnasium.vector.VectorEnv, env_seed: int
+    method: nn.Module, envs: gymnasium.vector.VectorEnv, env_seeds: list[int]
 ) -> np.ndarray:
     """Returns [environments] of one episode in each environment.
 
@@ -2685,7 +2781,7 @@ def one_episode_each(
     """
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, bool)
-    obs, _ = envs.reset(seed=env_seed)
+    obs, _ = envs.reset(seed=env_seeds)
     while running.any():
         obs, reward, terminated, truncated, _ = envs.step(method.act(obs))
         returns[running] += reward[running]
@@ -2869,7 +2965,7 @@ class Run:
         """Where a new run writes to. Raises SystemExit if the folder is there already."""
         args = self.args
         name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        folder = Path(args.run_dir).expanduser() / name.replace("/", "-")
+        folder = expanded(args.run_dir) / name.replace("/", "-")
         if folder.exists():
             sys.exit(f"{folder} is there already: start again in a second")
         return folder
@@ -2878,7 +2974,7 @@ class Run:
         """Save the settings and the scripts."""
         settings = vars(self.args) | {"resume": None}
         if self.args.dataset_path:  # --resume may be called from another folder
-            settings["dataset_path"] = str(Path(self.args.dataset_path).expanduser().absolute())
+            settings["dataset_path"] = str(expanded(self.args.dataset_path).absolute())
         save(settings, self.folder / "args.json")
         for file in source_files(type(self.method)):
             (self.folder / file.name).write_bytes(file.read_bytes())
@@ -3083,7 +3179,8 @@ def git_commit() -> str | None:
         answer = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return answer.stdout.strip()
+    commit = answer.stdout.strip()
+    return commit if re.fullmatch("[0-9a-f]{40,64}", commit) else None
 
 
 def random_generator(device: torch.device):

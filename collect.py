@@ -81,7 +81,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from mopo import Count, CountOrZero, NonNegative, Positive, Share
+from mopo import Count, CountOrZero, NonNegative, Number, Positive, Rate, Seed, Share, Threads
 
 
 # ===== 1. Arguments ===============================================================================
@@ -89,7 +89,7 @@ from mopo import Count, CountOrZero, NonNegative, Positive, Share
 class Args:
     # --- dataset ---
     env_id: str = "maze2d-umaze-v1"  # task whose dataset is made
-    seed: CountOrZero = 0  # seed of all random draws
+    seed: Seed = 0  # seed of all random draws
     steps: Count = 1_000_000  # rows, of each half in medium-expert (not where all are SAC's own)
     output: str | None = None  # file (default: D4RL's name in D4RL's folder)
     overwrite: bool = False  # replace an existing file, or start a stopped collection again
@@ -100,25 +100,25 @@ class Args:
     keep_quirks: bool = False  # repeat an observation at each goal switch, as D4RL's script does
     # --- SAC ---
     sac_steps: Count = 1_000_000  # steps of SAC; medium and medium-replay end at their return
-    medium_return: float | None = None  # return that ends medium (ours: 1500, 4700 or 2700)
+    medium_return: Number | None = None  # return that ends medium (ours: 1500, 4700 or 2700)
     eval_every: Count = 5_000  # steps between two evaluations (ours)
     eval_episodes: Count = 10  # episodes per evaluation, with sampled actions (ours)
     random_steps: CountOrZero = 5_000  # first steps, of uniform actions without training (ours)
     batch_size: Count = 256  # rows per gradient step
     hidden: tuple[Count, ...] = (256, 256)  # widths of the hidden layers of policy and critics
     gamma: Share = 0.99  # discount factor
-    tau: Share = 0.005  # soft-update rate of the critics' targets
+    tau: Rate = 0.005  # soft-update rate of the critics' targets
     critic_lr: Positive = 3e-4  # Adam learning rate of the critics
     actor_lr: Positive = 3e-4  # Adam learning rate of the policy
     alpha_lr: Positive = 3e-4  # Adam learning rate of the temperature alpha, which starts at 1
-    target_entropy: float | None = None  # entropy that alpha steers to (ours: -A, for A actions)
+    target_entropy: Number | None = None  # entropy that alpha steers to (ours: -A, for A actions)
     # --- how SAC runs ---
     async_envs: bool | None = None  # evaluation in processes (default: with a GPU and 8 cores)
     cuda: bool = True  # training on the GPU, if there is one
     cuda_graphs: bool = True  # recording of training steps as CUDA graphs (GPU)
     tf32: bool = False  # faster, less exact matrix products, with errors of 1e-3 (GPU)
     cpu_fast_matmul: bool = True  # oneDNN matrix products, if a test finds them exact (CPU)
-    threads: CountOrZero = 1  # CPU threads of torch (0: torch's default)
+    threads: Threads = 1  # CPU threads of torch (0: torch's default)
 
 
 class Recipe(NamedTuple):
@@ -883,11 +883,6 @@ def check_args(args: Args) -> None:
         nearest = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.0)
         sys.exit(f"no recipe for --env-id {args.env_id}; the nearest: {', '.join(nearest)}")
     mopo.check_ranges(args)
-    any_number = mopo.Range(-math.inf)
-    for name in ("medium_return", "target_entropy"):  # which may also be None
-        value = getattr(args, name)
-        if value is not None:
-            mopo.check_number("--" + name.replace("_", "-"), value, float, any_number)
     if args.env_id in MAZE2D_TASKS and args.resume:
         sys.exit("maze2d takes a minute and saves nothing that --resume could start from")
     has_policies = args.env_id in SAC_TASKS and SAC_TASKS[args.env_id].policies
@@ -917,10 +912,10 @@ def note(args: Args, facts: list[str]) -> str:
 def output_path(args: Args) -> Path:
     """--output, else D4RL's own name in D4RL's folder."""
     if args.output is not None:
-        return Path(args.output).expanduser()
+        return mopo.expanded(args.output)
     url = mopo.d4rl_tables()["DATASET_URLS"].get(args.env_id, f"{args.env_id}.hdf5")
     folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
-    return Path(folder).expanduser() / url.rsplit("/", 1)[-1]
+    return mopo.expanded(folder) / url.rsplit("/", 1)[-1]
 
 
 def check_files(args: Args, path: Path, partial: Path) -> None:

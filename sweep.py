@@ -54,7 +54,7 @@ import typing
 from collections import Counter
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, NamedTuple
 
 try:
     import matplotlib.pyplot as plt
@@ -70,6 +70,20 @@ except ImportError as error:
 
 
 # ===== 1. Arguments ===============================================================================
+# The types of numbers, with the range that a value must lie in, as in the scripts.
+class Range(NamedTuple):
+    """From `low` to `high`, both included."""
+
+    low: float
+    high: float
+
+
+Count = Annotated[int, Range(1, 10**6), tyro.conf.arg(metavar="INT>=1")]
+CountOrZero = Annotated[int, Range(0, 10**6), tyro.conf.arg(metavar="INT>=0")]
+Seed = Annotated[int, Range(0, 2**32 - 1), tyro.conf.arg(metavar="0..2^32-1")]
+Hours = Annotated[float, Range(1 / 60, 10**6), tyro.conf.arg(metavar="HOURS>0")]
+
+
 @dataclass
 class Run:
     """Start what is missing of a set: a job for each script, task, cell of the grid and seed."""
@@ -77,16 +91,16 @@ class Run:
     scripts: tuple[str, ...]  # ampl.py, ablations/ampl_nw.py, a copy of your own
     env_ids: tuple[str, ...]  # tasks
     dir: str  # the set's folder
-    seeds: tuple[int, ...] = (0,)  # a run each
+    seeds: tuple[Seed, ...] = (0,)  # a run each
     grid: tuple[str, ...] = ()  # flags and their values, as beta=0.5,1 "hidden=64 64,400 300"
-    parallel: int = 0  # jobs at a time (0: here as many as GPUs or cores allow, on SLURM 256)
-    gpus: int = min(1, torch.cuda.device_count())  # GPUs of a job (on SLURM name it)
-    jobs_per_gpu: int = 1  # jobs that share a GPU (here; on SLURM the cluster decides it)
-    hours: float = 24.0  # time limit on SLURM (a longer job is requeued and goes on)
+    parallel: CountOrZero = 0  # jobs at a time (0: as many as GPUs or cores allow, on SLURM 256)
+    gpus: CountOrZero = min(1, torch.cuda.device_count())  # GPUs of a job (on SLURM name it)
+    jobs_per_gpu: Count = 1  # jobs that share a GPU (here; on SLURM the cluster decides it)
+    hours: Hours = 24.0  # time limit on SLURM (a longer job is requeued and goes on)
     dry_run: bool = False  # print the commands and start nothing
     cluster: Literal["local", "slurm"] = "local"  # where the jobs run
     slurm_partition: str | None = None  # SLURM's partition (default: the cluster's)
-    slurm_cpus: int = 4  # cores of a job on SLURM (other wishes: sbatch's variables, as SBATCH_QOS)
+    slurm_cpus: Count = 4  # cores of a job on SLURM (more wishes: sbatch's variables)
 
 
 # Flags of the scripts that sweep.py sets itself, or with which a script would not train.
@@ -110,7 +124,7 @@ SEEN_OTHERWISE = ("dataset_path", "cuda")
 
 
 def check_lists(args: Run) -> None:
-    """Refuse lists that name nothing or something twice, and numbers too small. -> SystemExit"""
+    """Refuse lists that name nothing or something twice. Raises SystemExit."""
     for name in ("scripts", "env_ids", "seeds"):
         values = getattr(args, name)
         flag = "--" + name.replace("_", "-")
@@ -119,14 +133,22 @@ def check_lists(args: Run) -> None:
         value, count = Counter(values).most_common(1)[0]
         if count > 1:
             sys.exit(f"{flag} names {value} twice: name it once")
-    least = {"gpus": 0, "parallel": 0, "jobs_per_gpu": 1, "slurm_cpus": 1}
-    for name, lowest in least.items():
-        if getattr(args, name) < lowest:
-            sys.exit(f"--{name.replace('_', '-')} must be at least {lowest}")
-    if min(args.seeds) < 0:
-        sys.exit("--seeds must not be negative")
-    if not 0 < args.hours < math.inf:
-        sys.exit("--hours must be a positive number")
+
+
+def check_ranges(args: Run) -> None:
+    """Refuse numbers outside the range that their type names. Raises SystemExit."""
+    for name, kind in typing.get_type_hints(Run, include_extras=True).items():
+        value = getattr(args, name)
+        values = [value]
+        if typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+            values = value
+        for limit in getattr(kind, "__metadata__", ()):
+            for number in values:
+                if isinstance(limit, Range) and not limit.low <= number <= limit.high:
+                    flag = "--" + name.replace("_", "-")
+                    bounds = f"at least {limit.low:.2g} and at most {limit.high:.10g}"
+                    sys.exit(f"{flag} is {number}, but must be {bounds}")
 
 
 def check_place(args: Run) -> None:
@@ -160,6 +182,10 @@ def check_folder(args: Run, flags: list[str]) -> None:
         first = read_json(path)["after --"]
         first_words = shlex.join(first)
     except (OSError, ValueError, LookupError, TypeError):
+        begun = [*folder.glob("*__*__*/*/args.json"), *folder.glob("*__*__*/slurm_id")]
+        if not begun:
+            print(f"note: {path} is damaged and written anew, since no job has begun")
+            return
         sys.exit(
             f"{path} is empty, cut or of an older sweep.py: name another --dir,"
             " or delete that file if all jobs of the set have the flags that you give now"
@@ -283,7 +309,7 @@ def make_jobs(args: Run, flags: list[str]) -> list[Job]:
     for script in scripts:
         settings, module = load_script(script)
         for env_id in args.env_ids:
-            module.make_env(env_id).close()  # which suggests the right name of a mistyped task
+            module.try_env(env_id).close()  # which suggests the right name of a mistyped task
             for cell in cells:
                 words = cell_flags(cell, settings, script)
                 given = judge(settings, module, ["--env-id", env_id, *words, *flags], script)
@@ -412,6 +438,7 @@ def run(args: Run, flags: list[str]) -> None:
     Raises SystemExit. Whatever is wrong with the command is said before any job starts.
     """
     check_lists(args)
+    check_ranges(args)
     check_place(args)
     check_folder(args, flags)
     settled = ("done", "queued") if args.cluster == "local" else ("done", "queued", "running")

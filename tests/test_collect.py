@@ -622,7 +622,9 @@ MISTAKES = [
     ("--hidden 8 0", "--hidden is 0, but must be at least 1"),
     ("--action-noise -0.1", "--action-noise is -0.1, but must be at least 0"),
     ("--medium-return nan", "--medium-return is nan, but must be a number"),
-    ("--target-entropy inf", "--target-entropy is inf, but must be a number"),
+    ("--target-entropy inf", "--target-entropy is inf, but must be at least -1000000000"),
+    ("--tau 0", "--tau is 0.0, but must be above 0 and at most 1"),
+    ("--threads 1000000", "--threads is 1000000, but must be at least 0"),
     ("--sac-steps 5000", "--sac-steps must exceed --random-steps 5000"),
     ("--env-id maze2d-umaze-v1 --resume", "saves nothing that --resume could start from"),
     ("--output {0}", "is a folder: --output takes the name of a file"),
@@ -631,7 +633,7 @@ MISTAKES = [
     ("--resume", "nothing to resume: there is no .*x.hdf5.partial.pt"),
     ("--resume --output {0}/y.hdf5", "y.hdf5.partial.pt is damaged"),
     (
-        "--critic-lr 1e30 --sac-steps 60 --random-steps 9 --eval-every 50",
+        "--critic-lr 1e9 --sac-steps 60 --random-steps 9 --eval-every 50",
         "after 50 steps of SAC .* is not finite: lower the learning rates",
     ),
 ]

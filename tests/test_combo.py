@@ -352,7 +352,7 @@ def test_settings_that_contradict_each_other():
     mistakes = [
         ({"real_fraction": 0.003}, "a batch needs a row of data"),  # 0.768 rows
         ({"real_fraction": 1.0, "rho_states": "model"}, "--rho-states model needs rows of D_model"),
-        ({"select": ()}, "--select needs the folders of finished runs"),
+        ({"select": ()}, "--select needs at least one value"),
         ({"num_elites": 8}, "--num-elites is larger than --ensemble-size"),
         ({"beta": -1.0}, "--beta is -1.0, but must be at least 0"),
     ]

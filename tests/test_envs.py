@@ -1,6 +1,7 @@
 """Environments against parts of d4rl's sources (it cannot be imported) and numbers; evaluation."""
 
 import importlib.util
+import itertools
 import re
 import runpy
 import sys
@@ -391,18 +392,99 @@ def test_gymnasium_ids_take_actions_in_the_unit_box():
     assert make("math:Slots-v0").get_wrapper_attr("_max_episode_steps") == 1000
 
 
+class Own(gymnasium.Env):
+    """An environment as a user might bring it, sound unless an argument says otherwise.
+
+    The reward is the sum of the action that arrives. `low` and `high` bound the actions [2];
+    `state` is what is observed, of which two finite numbers are right; `paid` makes the reward.
+    """
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+
+    def __init__(self, low=-1.0, high=1.0, dtype=np.float32, state=(0, 0), paid=sum, seeder=None):
+        low = np.broadcast_to(low, 2).astype(dtype)
+        high = np.broadcast_to(high, 2).astype(dtype)
+        self.action_space = gymnasium.spaces.Box(low, high, dtype=dtype)
+        self.state = np.array(state, np.float32)
+        self.paid = paid
+        self.seeder = seeder
+
+    def reset(self, *, seed=None, options=None):
+        if self.seeder is not None:
+            self.random = self.seeder(seed)
+        return self.state, {}
+
+    def step(self, action):
+        noise = 0.0 if self.seeder is None else self.random.rand()
+        return self.state, self.paid(action) + noise, False, self.seeder is not None, {}
+
+
+class FiveTimes(gymnasium.ActionWrapper):
+    """Actions from 0 to 1 outside, from -5 to 5 inside."""
+
+    def __init__(self):
+        super().__init__(Own(low=-5.0, high=5.0))
+        self.action_space = gymnasium.spaces.Box(0, 1, (2,))
+
+    def action(self, action):
+        return 10 * action - 5
+
+
+def as_array(action):
+    return np.array([np.sum(action)])
+
+
+OWN = {
+    "Seeded-v0": {"seeder": np.random.RandomState},
+    "Integers-v0": {"low": 0, "high": 10, "dtype": np.int64},
+    "Unbounded-v0": {"low": -np.inf, "high": np.inf},
+    "HalfBounded-v0": {"low": 0.0, "high": np.inf},
+    "Huge-v0": {"low": -3e38, "high": 3e38},
+    "Point-v0": {"low": [-1.0, 0.0], "high": [1.0, 0.0]},
+    "ArrayReward-v0": {"paid": as_array},
+    "NanReward-v0": {"paid": lambda action: np.nan},
+    "TextReward-v0": {"paid": lambda action: "1"},
+    "NanState-v0": {"state": (0, np.nan)},
+    "WideState-v0": {"state": (0, 0, 0)},
+}
+for env_id, arguments in OWN.items():
+    gymnasium.register(env_id, Own, kwargs=arguments, disable_env_checker=True)
+gymnasium.register("FiveTimes-v0", FiveTimes)
+
+
+def test_the_wrapped_action_space_counts():
+    """Data are in the space that the environment shows, and the same action is executed."""
+    env = ampl.try_env("FiveTimes-v0")
+    action = np.array([[0.0, 1.0], [0.75, 0.5]] * 3, np.float32)
+    raw = {"observations": np.zeros((6, 2)), "actions": action, "rewards": np.arange(6)}
+    ampl.check_arrays(Path("data"), raw, env)
+    assert raw["actions"][:2].tolist() == [[-1.0, 1.0], [0.5, 0.0]]
+    for own, scaled in zip(action, raw["actions"]):
+        assert env.step(scaled)[1] == pytest.approx(10 * own.sum() - 10)
+
+
 REFUSED = {
     "Hoper-v4": "did you mean .*Hopper-v4",
     "antmaze-umaze-v0": "antmaze tasks have no simulator here",
     "CartPole-v1": "continuous actions",
+    "Integers-v0": "its actions are int64; only continuous actions work",
+    "Unbounded-v0": "entry 0 of an action goes from -inf to inf: no finite range",
+    "HalfBounded-v0": "from 0.0 to inf: no finite range",
+    "Huge-v0": "no finite range",
+    "Point-v0": "entry 1 of an action goes from 0.0 to 0.0: no finite range",
+    "ArrayReward-v0": "the reward is .* and not a finite number",
+    "NanReward-v0": "the reward is nan and not a finite number",
+    "TextReward-v0": "a reset and a step do not work",
+    "NanState-v0": "an observation is .*nan.* and not .2,. finite numbers",
+    "WideState-v0": "an observation is .* and not .2,. finite numbers",
 }
 
 
 @pytest.mark.parametrize("env_id", REFUSED)
 def test_environments_that_do_not_work(env_id):
-    """In one sentence."""
+    """In one sentence, before anything is trained."""
     with pytest.raises(SystemExit) as stop:
-        ampl.make_env(env_id)
+        ampl.load_dataset(ampl.Args(env_id=env_id))
     assert "\n" not in stop.value.code
     assert re.search(REFUSED[env_id], stop.value.code)
 
@@ -451,10 +533,20 @@ def test_an_evaluation_has_one_episode_in_each_environment():
     """Whoever is done early waits: counting what ends first would favour short episodes."""
     args = ampl.Args(env_id="Slots-v0", seed=3, eval_episodes=4)
     scores = ampl.evaluate(random_actor("Slots-v0"), args, 6, 7)  # one round and a half
-    first = 3 * 10**10 + 7000  # seed and number of the evaluation
-    seeds = [first, first + 1, first + 2, first + 3, first + 4000, first + 4001]
+    seeds = [ampl.episode_seed(3, 7, number) for number in range(6)]
     assert scores.tolist() == [1 + seed % 5 for seed in seeds]
     assert len(set(scores)) > 1
+
+
+def test_no_two_episodes_begin_alike():
+    """Of neighbouring seeds and evaluations; RandomState takes no seed of 2**32 or more."""
+    seeds = set()
+    for seed, k, number in itertools.product(range(5), range(0, 100_000, 1000), range(10)):
+        seeds.add(ampl.episode_seed(seed, k, number))
+    assert len(seeds) == 5 * 100 * 10
+    assert 0 <= min(seeds) and max(seeds) < 2**32
+    scores = ampl.evaluate(random_actor("Seeded-v0"), ampl.Args(env_id="Seeded-v0", seed=9), 10, 0)
+    assert len(set(scores)) == 10
 
 
 def test_an_evaluation_leaves_the_training_alone():

@@ -1,6 +1,7 @@
 """Whole runs, tiny: they reach everything, repeat, resume, survive failures and refuse mistakes."""
 
 import dataclasses
+import importlib
 import inspect
 import itertools
 import json
@@ -570,9 +571,18 @@ MISTAKES = [
     ("--seed -1", "--seed is -1, but must be at least 0"),
     ("--gamma 2", "--gamma is 2.0, but must be at least 0 and at most 1"),
     ("--actor-lr nan", "--actor-lr is nan, but must be a number"),
-    ("--actor-lr inf", "--actor-lr is inf, but must be a number"),
+    ("--actor-lr inf", "--actor-lr is inf, but must be above 0 and at most 1000000000"),
     ("--actor-lr 0", "--actor-lr is 0.0, but must be above 0"),
     ("--hidden 4 0", "--hidden is 0, but must be at least 1"),
+    ("--gamma 0.5 --tau 0", "--tau is 0.0, but must be above 0 and at most 1"),
+    ("--q-coef 1e300", "--q-coef is 1e.300, but must be at least 0 and at most 1000000000"),
+    ("--total-iterations 10000000000", "--total-iterations is 10000000000, but must be"),
+    ("--seed 4294967296", "--seed is 4294967296, but must be at least 0 and at most 4294967295"),
+    ("--threads 1000000", "--threads is 1000000, but must be at least 0 and at most [0-9]"),
+    ("--ensemble-size 1000000000", "more memory than there is: lower them"),
+    ("--dynamics-from=", "--dynamics-from is '', but must be a text that is not empty"),
+    ("--run-dir=", "--run-dir is '', but must be a text that is not empty"),
+    ("--run-dir {page}", "cannot write .*{page}"),
     ("--run-dir {page}/runs", "cannot write .*{page}/runs"),
     ("--track", "pip install wandb"),
     ("--dynamics-from {good} --model-hidden 17", "model.pt is damaged or of another setting"),
@@ -643,6 +653,76 @@ def test_a_mistake_costs_one_sentence(line, words, places, dataset, tmp_path, mo
     assert contents(places) == before
 
 
+# Settings of a wrong kind, as a notebook may have them, and what the one sentence says.
+WRONG_KINDS = [
+    ({"gamma": "0.9"}, "--gamma is '0.9', but must be a number"),
+    ({"gamma": True}, "--gamma is True, but must be a number"),
+    ({"gamma": None}, "--gamma is None, but must be a number"),
+    ({"gamma": np.ones(2)}, "--gamma is array.* but must be a number"),
+    ({"batch_size": 2.0}, "--batch-size is 2.0, but must be a whole number"),
+    ({"batch_size": True}, "--batch-size is True, but must be a whole number"),
+    ({"batch_size": 10**400}, "--batch-size is 10*, but must be at least 1"),
+    ({"critic_lr": 10**400}, "--critic-lr is 10*, but must be above 0"),
+    ({"hidden": 16}, "--hidden is 16, but must be a tuple"),
+    ({"hidden": [16, 16]}, "--hidden is .16, 16., but must be a tuple"),
+    ({"hidden": (16,)}, "--hidden is .16,., but must have 2 numbers"),
+    ({"hidden": (16, "16")}, "--hidden is '16', but must be a whole number"),
+    ({"model_weight_decay": ()}, "--model-weight-decay needs at least one value"),
+    ({"cuda": "no"}, "--cuda is 'no', but must be True or False"),
+    ({"async_envs": 1}, "--async-envs is 1, but must be True or False"),
+    ({"env_id": 3}, "--env-id is 3, but must be a text"),
+    ({"dataset_path": Path("x")}, "--dataset-path is .*Path.* but must be a text"),
+    ({"initial_states": "data"}, "--initial-states is 'data', but must be one of"),
+    ({"initial_states": ["data"]}, "--initial-states is .'data'., but must be one of"),
+]
+
+
+@pytest.mark.parametrize("settings, words", WRONG_KINDS)
+def test_a_setting_of_a_wrong_kind_costs_one_sentence(settings, words):
+    with pytest.raises(SystemExit) as stop:
+        ampl.train(ampl.Args(**settings))
+    assert re.fullmatch(words + "[^\n]*", stop.value.code), stop.value.code
+
+
+def test_a_folder_called_wandb_is_not_wandb(tmp_path, monkeypatch):
+    """Weights and Biases itself leaves such a folder where it was used."""
+    (tmp_path / "wandb").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    importlib.invalidate_caches()
+    if importlib.util.find_spec("wandb").origin is not None:
+        pytest.skip("Weights and Biases is installed")
+    with pytest.raises(SystemExit, match="pip install wandb"):
+        command("--track")
+
+
+def test_no_home(monkeypatch):
+    """The user has neither HOME nor an entry in the list of users."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("D4RL_DATASET_DIR", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    for argv in (["--env-id", ENV], ["--dataset-path", "~/x.hdf5"]):
+        with pytest.raises(SystemExit, match="there is no home folder for .*: set the variable"):
+            command(*argv)
+
+
+@pytest.mark.parametrize(
+    "answer, commit",
+    [
+        ("echo " + 40 * "a", 40 * "a"),
+        ("echo hint: update git; echo " + 40 * "a", None),
+        ("echo fatal: dubious ownership >&2; exit 128", None),
+        (None, None),
+    ],
+)
+def test_git_is_a_commit_or_nothing(answer, commit, tmp_path, monkeypatch):
+    if answer is not None:
+        (tmp_path / "git").write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert ampl.git_commit() == commit
+
+
 def test_the_script_as_a_user_starts_it(dataset, tmp_path):
     """From another folder, with every warning an error: a mistake, and a run to its end."""
     script = [sys.executable, "-W", "error", str(ROOT / "ampl.py")]
@@ -652,12 +732,15 @@ def test_the_script_as_a_user_starts_it(dataset, tmp_path):
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     settings = TINY | {"eval_episodes": 1, "eval_every": 24, "final_episodes": 1}
-    settings.update({"dataset_path": dataset, "run_dir": tmp_path})
-    done = subprocess.run([*script, *flags(**settings)], **how)
+    place = tmp_path / "it's \u00e9"  # which this stdout cannot print
+    settings.update({"dataset_path": dataset, "run_dir": place})
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii", "HOME": "/nowhere"}
+    done = subprocess.run([*script, *flags(**settings)], **how, env=ascii_only)
     assert done.returncode == 0, done.stderr
     assert not re.search("warning|traceback", done.stderr, re.IGNORECASE)
     assert "whole episodes" in done.stdout
-    assert f"see {folder_in(tmp_path)}" in done.stdout
+    folder = str(folder_in(place)).replace("\u00e9", "\\xe9")
+    assert f"see {folder}" in done.stdout
 
 
 # ----- help -----

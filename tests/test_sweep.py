@@ -324,7 +324,13 @@ def test_the_last_job_goes_to_the_card_that_is_free(two_cards, tmp_path):
         (["--env-ids", "maze2d-medum-v1"], "did you mean maze2d-medium-v1"),
         (["--seeds"], "--seeds names nothing"),
         (["--seeds", "1", "1"], "--seeds names 1 twice"),
-        (["--seeds", "-1"], "must not be negative"),
+        (["--seeds", "-1"], "--seeds is -1, but must be at least 0"),
+        (["--seeds", "4294967296"], "and at most 4294967295"),
+        (["--hours", "nan"], "--hours is nan, but must be at least"),
+        (["--hours", "inf"], "--hours is inf, but must be at least"),
+        (["--parallel", "-1"], "--parallel is -1, but must be at least 0"),
+        (["--jobs-per-gpu", "0"], "--jobs-per-gpu is 0, but must be at least 1"),
+        (["--slurm-cpus", "0"], "--slurm-cpus is 0, but must be at least 1"),
         (["--dir", "{folder}/json.py"], "is no folder"),
         (["--dir", "{folder}/json.py/a"], "cannot make the folder"),
         (["--slurm-partition", "gpu"], "--slurm-partition needs --cluster slurm"),
@@ -345,6 +351,8 @@ def test_the_last_job_goes_to_the_card_that_is_free(two_cards, tmp_path):
         (["--grid", "seed=1,2"], "sweep.py sets that flag itself"),
         (["--grid", "log-every=1,2"], "does not change what is learned"),
         (["--grid", "dynamics_from=" + 300 * "x"], "is too long for a folder"),
+        (["--", "--gamma", "2"], "--gamma 2: --gamma is 2.0, but must be at least 0"),
+        (["--", "--threads", "1000000"], "--threads is 1000000, but must be at least 0"),
         (["--", "--seed", "3"], "leave out --seed: sweep.py sets it itself"),
         (["--", "--no-such-flag", "3"], "--no-such-flag"),
     ],
@@ -371,12 +379,20 @@ def test_a_mistake_ends_in_one_sentence(words, sentence, plan, tmp_path, capsys)
 
 @pytest.mark.parametrize("content", ["", '{"after --": ["--hor', "--num-seeds=1", "[]", "{}"])
 def test_a_damaged_flags_file_is_named_and_kept(content, plan, tmp_path):
+    """Where a job has begun, whose flags it would have. Else it is written anew."""
     path = tmp_path / "flags"
     path.write_text(content)
+    begun = tmp_path / f"{TASK}__ampl__0" / "run" / "args.json"
+    begun.parent.mkdir(parents=True)
+    begun.touch()
     with pytest.raises(SystemExit, match="flags is empty, cut or of an older sweep.py"):
         plan(*SET, tmp_path, "--", *TINY)
     assert path.read_text() == content
     assert not plan.started
+
+    begun.unlink()
+    plan(*SET, tmp_path, "--", *TINY)
+    assert json.loads(path.read_text()) == {"after --": TINY}
 
 
 def test_a_set_keeps_its_flags(plan, tmp_path):
