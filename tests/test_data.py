@@ -441,7 +441,7 @@ REFUSED = {
     "text": ({"rewards": np.array(11 * [b"one"])}, "rewards are of type .S3 and not numbers"),
     "NaN as a flag": ({"terminals": np.full(11, np.nan)}, "terminals must be 0 or 1, but row 0"),
     "a small flag": (
-        {"timeouts": 0.001 * (np.arange(11) == 5)},
+        {"timeouts": np.where(np.arange(11) == 5, 0.001, 0)},
         "timeouts must be 0 or 1, but row 5 holds 0.001",
     ),
     "a negative flag": (
