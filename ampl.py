@@ -1235,8 +1235,11 @@ def main(settings: type = Args, method: type = AMPL) -> None:
 # A setting is what its flag says, else what a derived class of settings says, else what the task's
 # row of `PAPER` says, else what `Args` says.
 # --resume and --evaluate start from the settings of a saved run, and let only a few flags be new.
-NEW_WITH_RESUME = ("total_iterations", "dataset_path")  # the data must be the same, by sha256
-NEW_WITH_EVALUATE = ("seed", "eval_episodes", "final_episodes", "async_envs", "capture_video")
+# The data must be the same, by sha256. Another machine may have fewer cores than --threads.
+NEW_WITH_RESUME = ("total_iterations", "dataset_path", "threads")
+NEW_WITH_EVALUATE = (
+    "seed", "eval_episodes", "final_episodes", "async_envs", "capture_video", "threads",
+)  # fmt: skip
 
 
 def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
