@@ -91,10 +91,12 @@ import runpy
 import shlex
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 import warnings
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -525,6 +527,7 @@ class COMBO(nn.Module):
         self.device = device
         self.obs_dim = obs_dim
         self.action_dim = action_dim
+        self.unfinished = {}  # where the long loops stand: --resume goes on within them
         self.model = self.build("model", self.Model, members=args.ensemble_size)
         # The elites imagine all transitions. The fit copies the best members of `model` to them.
         self.elites = self.build("elites", self.Model, members=args.num_elites)
@@ -607,7 +610,10 @@ class COMBO(nn.Module):
         num_real = real_rows(self.args)
         num_imagined = self.args.batch_size - num_real
         real = torch.randint(len(self.data), (num_real,), device=self.device)
-        row = (torch.rand(num_imagined, device=self.device) * self.num_model_rows).long()
+        # float32 has 2**24 numbers between 0 and 1, too few for the rows of a larger D_model.
+        exact = torch.float64 if len(self.model_data) > 2**24 else None
+        draw = torch.rand(num_imagined, dtype=exact, device=self.device)
+        row = (draw * self.num_model_rows).long()
         row = row.minimum(self.num_model_rows - 1)  # rand * n can round up to n
         return self.split(torch.cat([self.data[real], self.model_data[row]]))
 
@@ -834,25 +840,27 @@ class COMBO(nn.Module):
         order = bootstrap.clone()  # the rows in the order of the epoch
         position = torch.zeros((), dtype=torch.long, device=self.device)  # in that order
         step = capture(functools.partial(self.model_step, inputs, targets, order, position), args)
-        # Not inf, because (inf - error) / inf is NaN.
         best_error = torch.full((model.members,), 1e32, device=self.device)
         best_layers = copy.deepcopy(model.layers.state_dict())
-        idle_epochs = 0
-        for epoch in range(args.model_max_epochs):
+        phase = f"model fit, patience {args.model_patience} epochs"
+        # The loop begins at epoch 0, unless --resume goes on in the midst of this fit.
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))
+        first_epoch, idle_epochs, best_error, best_layers = loop
+        for epoch in range(first_epoch, args.model_max_epochs):
+            if idle_epochs >= args.model_patience:
+                break
             self.shuffle(bootstrap, order, position, epoch)
             for _ in range(math.ceil(len(train_rows) / args.model_batch_size)):
                 logs = step()
             error = self.holdout_error(inputs[held_out], targets[held_out])  # [M]
-            improved = (best_error - error) / best_error > 0.01  # [M]
+            improved = (best_error - error) / best_error > 0.01  # [M]; inf / inf would be NaN
             best_error = torch.where(improved, error, best_error)
             for name, tensor in model.layers.state_dict().items():
                 best_layers[name][improved] = tensor[improved]  # the first axis is the member
             idle_epochs = 0 if improved.any() else idle_epochs + 1
             judged = {"model/holdout_error": error.mean(), "model/idle_epochs": idle_epochs}
-            phase = f"model fit, patience {args.model_patience} epochs"
+            self.unfinished[phase] = (epoch + 1, idle_epochs, best_error, best_layers)
             progress(phase, epoch + 1, None, logs | judged)
-            if idle_epochs >= args.model_patience:
-                break
         model.layers.load_state_dict(best_layers)  # the bounds stay at their last values
         self.choose_elites(best_error)
         return best_error
@@ -961,10 +969,10 @@ def train(args: Args, method: type = COMBO, arrays: dict[str, np.ndarray] | None
     rollout = capture(combo.rollout, args)
 
     if run.iteration == 0 and args.dynamics_from:
-        load_model(combo, Path(args.dynamics_from))
+        load_model(combo, Path(args.dynamics_from), dataset["source"])
     elif run.iteration == 0:
         error = combo.fit_model(run.progress)
-        save_model(combo, error, run.folder)
+        save_model(combo, error, run.folder, dataset["source"])
 
     rollout_logs = {}
     while run.iteration < args.total_iterations:
@@ -1091,7 +1099,7 @@ def load_fit(run: Path, dataset_path: str | None, settings: type, method: type) 
     action_dim = dataset["action"].shape[1]
     combo = method(args, obs_dim, action_dim, torch.device("cpu"))
     combo.set_data(dataset)
-    load_model(combo, fitted_in)
+    load_model(combo, fitted_in, dataset["source"])
     return combo
 
 
@@ -1104,7 +1112,7 @@ def plot_uncertainty(path: Path, result: dict, title: str) -> None:
     axes.plot(x, line, color="black", label=f"least squares, R2 = {result['r2']:.2f}")
     axes.legend(title=title)
     axes.set(xlabel="largest predicted deviation of a member", ylabel="true one-step error")
-    axes.figure.savefig(path)
+    save(axes.figure, path)
 
 
 def main(settings: type = Args, method: type = COMBO) -> None:
@@ -1220,6 +1228,7 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that it cannot print
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.excepthook = functools.partial(say_how_to_go_on, None)
     hide_unused_flags(settings)
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
     first = expand_home(first)
@@ -1251,9 +1260,14 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
 
 
 def expand_home(args: Args) -> Args:
-    """The settings with the home folder in place of a ~ at the beginning of a text."""
+    """The settings with the home folder in place of a ~ at the beginning of a text.
+
+    Raises SystemExit where a text is empty, as "$FOLDER" is without such a variable.
+    """
     changes = {}
     for name, value in vars(args).items():
+        if value == "":
+            sys.exit(f"--{name.replace('_', '-')} is empty: name something, or leave it out")
         if isinstance(value, str) and value.startswith("~"):
             changes[name] = os.path.expanduser(value)
     return dataclasses.replace(args, **changes)
@@ -1384,6 +1398,17 @@ def hide_unused_flags(settings: type) -> None:
     for field in dataclasses.fields(settings):
         if field.name.startswith(unused):
             settings.__annotations__[field.name] = tyro.conf.Fixed[field.type]
+
+
+def say_how_to_go_on(run: Path | None, kind: type, error: BaseException, trace) -> None:
+    """Python's hook for what nobody catches: Ctrl-C becomes a line, also in the folder of a run."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    elif run is not None and (run / "checkpoint.pt").exists():
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
+        tqdm.write(f"stopped; this goes on from the last checkpoint: {command}", file=sys.stderr)
+    else:
+        tqdm.write("stopped, before there was a checkpoint: start it again", file=sys.stderr)
 
 
 def refuse_new_flags(mode: str, args: Args, saved: Args, may_be_new: tuple[str, ...]) -> None:
@@ -2879,6 +2904,7 @@ class Bar:
 
 
 FAR_REWARD = 10  # ranges of the data's rewards that an imagined one may lie beyond them
+PHASE_SAVED_EVERY = 600  # seconds between checkpoints within a long phase
 
 
 class Run:
@@ -2894,6 +2920,7 @@ class Run:
         checkpoint.pt         every --checkpoint-every     all that --resume needs
         result.json           at the end                   scores, settings, times, versions
         episode.gif           at the end                   an episode, with --capture-video
+        lock                  at the start                 nothing; whose process writes here
 
     `method` is a module with `act`, `device`, `obs_dim`, `action_dim` and `acting`, the names of
     the networks that `act` uses. It may have `final_numbers`, of which result.json holds what it
@@ -2911,7 +2938,10 @@ class Run:
         self.algo = name_of(type(method))
         self.bar = Bar(self.algo, args.total_iterations)
         self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
-        self.phase_points = 0  # how often that phase has reported
+        self.phase_points = {}  # how often each such phase has reported
+        self.saved_at = time.monotonic()  # when the last checkpoint was written, or the run began
+        # TensorBoard's files before the points that only the end of a run has: see `is_due`.
+        self.extra_points_from = None
         self.rollouts_judged = False  # by note_odd_rollouts
 
         check_optimizers(method)
@@ -2921,36 +2951,51 @@ class Run:
             self.folder = Path(args.resume)
             saved = dataclasses.replace(load_args(args.resume, type(args)), resume=args.resume)
             refuse_new_flags("--resume", args, saved, ("run_dir", *NEW_WITH_RESUME))
+            self.lock = lock_folder(self.folder)
             self.load_checkpoint()
             self.bar = Bar(self.algo, args.total_iterations, self.iteration)
         else:
             self.folder = self.new_folder()
+            self.lock = lock_folder(self.folder)
+        sys.excepthook = functools.partial(say_how_to_go_on, self.folder)
         self.first_iteration = self.iteration
         self.save_origin()
         if args.track:
             self.start_wandb()
-        # What TensorBoard has of iterations after the checkpoint is hidden: they are done again.
-        purge_step = self.iteration + 1 if args.resume else None
-        self.writer = SummaryWriter(str(self.folder), purge_step=purge_step)
+        # TensorBoard's thread would print a traceback of a full disk. `log` says it in a sentence.
+        threading.excepthook = ignore_os_errors
+        with writing(self.folder / "events.out.tfevents"):
+            self.writer = SummaryWriter(str(self.folder))
         self.bar.write(f"this run writes to {self.folder}")
 
     def new_folder(self) -> Path:
-        """Where a new run writes to. Raises SystemExit if the folder is there already."""
+        """Make the folder of a new run. Raises SystemExit if it is there already."""
         args = self.args
         name = f"{args.env_id}__{self.algo}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
         folder = expanded(args.run_dir) / name.replace("/", "-")
-        if folder.exists():
-            sys.exit(f"{folder} is there already: start again in a second")
+        with writing(folder):
+            try:
+                folder.mkdir(parents=True)
+            except FileExistsError:
+                sys.exit(f"{folder} is there already: start again in a second")
         return folder
 
     def save_origin(self) -> None:
-        """Save the settings and the scripts."""
+        """Save the settings and the scripts. A script that was edited since is kept beside."""
         settings = vars(self.args) | {"resume": None}
         if self.args.dataset_path:  # --resume may be called from another folder
             settings["dataset_path"] = str(expanded(self.args.dataset_path).absolute())
         save(settings, self.folder / "args.json")
         for file in source_files(type(self.method)):
-            (self.folder / file.name).write_bytes(file.read_bytes())
+            content = file.read_bytes()
+            copy = self.folder / file.name
+            for number in itertools.count(2):
+                if not copy.exists() or copy.read_bytes() == content:
+                    break
+                copy = self.folder / f"{file.stem}.{number}.py"
+            if copy.name != file.name:
+                print(f"note: {file} is not what this run began with; it is kept as {copy.name}")
+            save(content, copy)
 
     def start_wandb(self) -> None:
         """Log to Weights and Biases. A resumed run goes on there, too, by its folder's name."""
@@ -2974,20 +3019,58 @@ class Run:
         for key, value in logs.items():
             if not math.isfinite(value):
                 sys.exit(f"{phase}: {key} is {value}; {self.folder} keeps its last checkpoint")
-            self.writer.add_scalar(key, value, self.iteration + point)
+        if self.is_due(phase):
+            self.extra_points_from = None
+        elif self.extra_points_from is None:
+            self.extra_points_from = self.event_sizes()
+        for key, value in logs.items():
+            with writing(self.folder / "events.out.tfevents"):
+                self.writer.add_scalar(key, value, self.iteration + point)
         if "rollout/terminated_frac" in logs and not self.rollouts_judged:
             self.rollouts_judged = True
             note_odd_rollouts(self.method, float(logs["rollout/terminated_frac"]))
 
+    def is_due(self, phase: str) -> bool:
+        """Would a longer run log this phase here, too, and not just because it ends here?"""
+        args = self.args
+        if phase == "evaluation":
+            return self.iteration % args.eval_every == 0
+        if phase == "training":
+            saved = self.iteration % args.checkpoint_every == 0
+            return saved or self.iteration % args.log_every == 0
+        return True
+
+    def event_sizes(self) -> dict[str, int]:
+        """Name and size, with all that has been logged so far, of TensorBoard's files."""
+        with writing(self.folder / "events.out.tfevents"):
+            self.writer.flush()
+            files = self.folder.glob("events.out.tfevents*")
+            return {file.name: file.stat().st_size for file in files}
+
+    def cut_events(self, sizes: dict[str, int]) -> None:
+        """Take from TensorBoard's files what was logged after `event_sizes`; it is logged again."""
+        for file in self.folder.glob("events.out.tfevents*"):
+            with writing(file):
+                if file.name not in sizes:
+                    file.unlink()
+                elif file.stat().st_size > sizes[file.name]:
+                    os.truncate(file, sizes[file.name])
+
     def progress(self, phase: str, done: int, total: int | None, logs: dict) -> None:
-        """Log and show a long phase between two iterations, such as a fit, on a bar of its own."""
+        """Log and show a long phase between two iterations, such as a fit, on a bar of its own.
+
+        If it has noted in `method.unfinished` where it stands, it is saved every ten minutes.
+        """
         if self.phase_bar is None or self.phase_bar.name != phase:
             self.end_phase()
             self.phase_bar = Bar(phase, total)
-        self.phase_points += 1
-        self.log(phase, logs, self.phase_points)
+        self.phase_points[phase] = self.phase_points.get(phase, 0) + 1
+        self.log(phase, logs, self.phase_points[phase])
         numbers = [f"{key.rsplit('/')[-1]} {float(value):.4g}" for key, value in logs.items()]
         self.phase_bar.move_to(done, ", ".join(numbers))
+        overdue = time.monotonic() - self.saved_at > PHASE_SAVED_EVERY
+        if overdue and phase in self.method.unfinished:
+            self.write_checkpoint()
 
     def end_phase(self) -> None:
         """Take away the bar of a long phase, after a last line of it off a terminal."""
@@ -2997,11 +3080,13 @@ class Run:
             self.phase_bar.close()
             self.bar.restart_rate()
         self.phase_bar = None
-        self.phase_points = 0
 
     def advance(self) -> None:
         """Count an iteration that is done."""
         self.end_phase()
+        self.phase_points = {}
+        self.method.unfinished = {}
+        self.method.checkpoint = None
         self.iteration += 1
         if self.iteration == self.first_iteration + 1:
             note_idle_parameters(self.method)
@@ -3023,28 +3108,46 @@ class Run:
         it, and writes all three again.
         """
         method = self.method
-        kind = type(method).__name__
+        if method.unfinished:  # resumed within a long phase: checkpoint.pt is further than this
+            return
         policy = {
+            **self.origin(),
             "policy": {name: getattr(method, name).state_dict() for name in method.acting},
             "sizes": (method.obs_dim, method.action_dim),
-            "kind": kind,
         }
+        save(policy, self.folder / "policy.pt")
+        if self.curve:
+            self.plot_curves()
+        self.write_checkpoint()
+
+    def origin(self) -> dict[str, str]:
+        """Of which script, class and task this is a run."""
+        kind = type(self.method).__name__
+        return {"algo": self.algo, "kind": kind, "env_id": self.args.env_id}
+
+    def write_checkpoint(self) -> None:
+        """Save checkpoint.pt, also within a long phase."""
+        method = self.method
+        events = self.event_sizes()
         checkpoint = {
+            **self.origin(),
             **self.source,
-            "algo": self.algo,
-            "kind": kind,
+            "args": vars(self.args),
+            "versions": versions(),
+            "events": events,
+            "events_of_longer_run": self.extra_points_from or events,
             "iteration": self.iteration,
             "curve": self.curve,
+            "unfinished": method.unfinished,
+            "phase_points": self.phase_points,
             "method": method.state_dict(),
             "optimizers": {name: opt.state_dict() for name, opt in optimizers_of(method)},
             "device": method.device.type,
             "rng": random_generator(method.device).get_rng_state(),
             "seconds": time.monotonic() - self.started,
         }
-        save(policy, self.folder / "policy.pt")
-        if self.curve:
-            self.plot_curves()
         save(checkpoint, self.folder / "checkpoint.pt")
+        self.saved_at = time.monotonic()
 
     def load_checkpoint(self) -> None:
         """Put networks, buffer, optimizers, random numbers and progress back to the checkpoint's.
@@ -3055,24 +3158,42 @@ class Run:
         method = self.method
         device = method.device.type
         with loading(self.folder / "checkpoint.pt", method.device) as saved:
-            refuse_another_class(self.folder, saved["kind"], method)
+            refuse_another_class(self.folder, saved, method, self.args)
             if saved["sha256"] != self.source["sha256"]:
                 sys.exit(f"{self.folder} is a run on other data, {saved['dataset']} as it was")
             if saved["iteration"] > self.args.total_iterations:
                 done = saved["iteration"]
                 advice = f"raise --total-iterations above {done}, or leave it out"
                 sys.exit(f"{self.folder} has done {done} iterations already: {advice}")
-            method.load_state_dict(saved["method"])
-            for name, optimizer in optimizers_of(method):
-                load_optimizer(optimizer, saved["optimizers"][name])
+            put_back(method, saved)
+            method.checkpoint = saved  # for `go_on`
+            method.unfinished = dict(saved["unfinished"])
+            self.phase_points = saved["phase_points"]
             self.iteration = saved["iteration"]
             self.curve = saved["curve"]
             self.started -= saved["seconds"]
-            if saved["device"] == device:
-                random_generator(method.device).set_rng_state(saved["rng"].cpu())
-            else:
-                other = saved["device"]
+            self.note_differences(saved)
+            events = saved["events"]
+            if self.args.total_iterations > self.iteration:
+                # The last evaluation of a shorter run is none of a longer one's.
+                every = self.args.eval_every
+                self.curve = [point for point in self.curve if point[0] % every == 0]
+                events = saved["events_of_longer_run"]
+            self.cut_events(events)
+            other = saved["device"]
+            if other != device:
                 print(f"note: resumed on {device}, which draws otherwise than {other} did")
+
+    def note_differences(self, saved: dict) -> None:
+        """Say what is not as it was when the checkpoint was written."""
+        for package, version in versions().items():
+            old = saved["versions"][package]
+            if version != old:
+                print(f"note: {package} is {version} and was {old}: numbers may differ")
+        for name, old in saved["args"].items():
+            value = getattr(self.args, name)
+            if name not in ("run_dir", "resume", *NEW_WITH_RESUME) and value != old:
+                print(f"note: args.json was edited: {name} is {value} and was {old}")
 
     def plot_curves(self) -> None:
         """Draw curves.png: the scores of the evaluations against the iterations."""
@@ -3085,7 +3206,8 @@ class Run:
 
     def finish(self) -> dict:
         """Evaluate the last policy on more episodes, and save and return what result.json holds."""
-        self.writer.close()
+        with writing(self.folder / "events.out.tfevents"):
+            self.writer.close()
         self.bar.close()
         args = self.args
         seconds = time.monotonic() - self.started  # of training, with its evaluations
@@ -3095,7 +3217,6 @@ class Run:
         final = evaluate(self.method, args, args.final_episodes, 0)
         scores = [score for _, score in self.curve]
         mean_last_ten = np.mean(scores[-10:])
-        packages = (torch, np, gymnasium, mujoco)
         result = {
             "algo": self.algo,
             "kind": type(self.method).__name__,
@@ -3115,12 +3236,14 @@ class Run:
             "folder": str(self.folder),
             "steps_per_second": self.iteration / seconds,
             "device": str(self.method.device),
-            "versions": {package.__name__: package.__version__ for package in packages},
+            "versions": versions(),
             "git": git_commit(),
         }
         save(result, self.folder / "result.json")
         report(self.method, args, final, self.folder)
         print(f"mean of the last ten: {mean_last_ten:.1f}; see {self.folder}")
+        if self.lock is not None:
+            os.close(self.lock)
         return result
 
 
@@ -3143,6 +3266,18 @@ def source_files(method: type) -> list[Path]:
         if name is not None and Path(name).is_file() and Path(name) not in files:
             files.append(Path(name))
     return files
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a run's numbers depend on."""
+    packages = (torch, np, gymnasium, mujoco)
+    return {package.__name__: str(package.__version__) for package in packages}
+
+
+def ignore_os_errors(failure) -> None:
+    """Python's hook for what ends a thread: all but a file's errors are shown."""
+    if not isinstance(failure.exc_value, OSError):
+        threading.__excepthook__(failure)
 
 
 def git_commit() -> str | None:
@@ -3230,28 +3365,65 @@ def note_odd_rollouts(method: nn.Module, terminated: float) -> None:
 
 
 # ----- files -----
+def lock_folder(folder: Path) -> int | None:
+    """Keep other processes out of a run's folder until this one ends, however it ends.
+
+    -> the open file that holds the lock, or None where there are no locks. Whoever holds it removes
+    what a killed process left half-written. Raises SystemExit where another process has it.
+    """
+    with writing(folder / "lock"):
+        file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # Not flock: that would live on in worker processes, and keep this process, too, from
+        # resuming a run that it began.
+        fcntl = importlib.import_module("fcntl")
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (ImportError, OSError) as error:
+        os.close(file)
+        if getattr(error, "errno", None) in (errno.EACCES, errno.EAGAIN):
+            sys.exit(f"another process works in {folder}: wait for its end, or stop it first")
+        print(f"note: no locks here ({error}): see to it that no other process uses {folder}")
+        return None
+    for part in folder.glob("*.part"):
+        with writing(part):
+            part.unlink()
+    return file
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """`with writing(path):` where a full or read-only disk, say, ends the run in one sentence."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        reason = getattr(error, "strerror", None) or error
+        sys.exit(f"cannot write {path} ({reason}); what was there is unharmed")
+
+
 @contextlib.contextmanager
 def replacing(path: Path):
     """`with replacing(path) as file:` to write a file that is the old or the new, come what may.
 
-    Raises SystemExit, in one sentence, where there is no room or no permission.
+    Raises SystemExit, in one sentence, where there is no room, no permission or no such folder.
     """
-    part = f"{path}.part"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())  # else the new name might be on the disk before the content
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        sys.exit(f"cannot write {path} ({error}); what was there is unharmed")
+    part = Path(f"{path}.{os.getpid()}.part")
+    with writing(path):
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())  # else the new name might reach the disk before the content
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
 def save(content, path: Path) -> None:
-    """Write JSON, an array (.npy), a figure (.png), or tensors and plain values (.pt)."""
+    """Write bytes, JSON, an array (.npy), a figure (.png), or tensors and plain values (.pt)."""
     with replacing(path) as file:
-        if path.suffix == ".json":
+        if isinstance(content, bytes):
+            file.write(content)
+        elif path.suffix == ".json":
             file.write(json.dumps(content, indent=1).encode())
         elif path.suffix == ".npy":
             np.save(file, content)
@@ -3268,6 +3440,10 @@ def loading(path: Path, device: torch.device | str = "cpu"):
         if path.suffix == ".json":
             yield json.loads(path.read_text())
         else:
+            with zipfile.ZipFile(path) as parts:  # as which torch.save writes
+                damaged = parts.testzip()  # torch.load does not look at the checksums
+            if damaged is not None:
+                raise ValueError(f"the checksum of {damaged} is wrong")
             yield torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         sys.exit(f"there is no {path}: did that run get so far?")
@@ -3277,23 +3453,54 @@ def loading(path: Path, device: torch.device | str = "cpu"):
 
 
 def load_args(run: str, settings: type = Args) -> Args:
-    """The settings that a run was started with."""
-    with loading(Path(run) / "args.json") as saved:
+    """The settings that a run was started with, checked like those of a command line."""
+    path = Path(run) / "args.json"
+    with loading(path) as saved:
         for name, value in saved.items():
             if isinstance(value, list):  # JSON has no tuples
                 saved[name] = tuple(value)
-        return settings(**saved)
+        args = settings(**saved)
+        try:
+            check_args(args)
+        except SystemExit as stop:
+            sys.exit(f"{path} was edited or is damaged: {stop}")
+    return args
 
 
 def load_optimizer(optimizer: torch.optim.Adam, saved: dict) -> None:
     """Load moments and counts. Learning rates and the like stay as the settings have them."""
     own_groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict(saved | {"param_groups": own_groups})
+    # A copy, because Adam changes its moments in place, and `go_on` loads what was saved again.
+    optimizer.load_state_dict(copy.deepcopy(saved) | {"param_groups": own_groups})
 
 
-def save_model(method: nn.Module, error: Tensor, run: Path) -> None:
+def put_back(method: nn.Module, saved: dict) -> None:
+    """Networks, buffers, optimizers and random numbers as they were at a checkpoint."""
+    method.load_state_dict(saved["method"])
+    for name, optimizer in optimizers_of(method):
+        load_optimizer(optimizer, saved["optimizers"][name])
+    if saved["device"] == method.device.type:
+        random_generator(method.device).set_rng_state(saved["rng"].cpu())
+
+
+def go_on(method: nn.Module, phase: str, start: tuple) -> tuple:
+    """Where a long loop begins: at `start`, or where it stood at the checkpoint of --resume.
+
+    All is then put back to that checkpoint once more, since the method has come to this loop from
+    the beginning of its phase, and has set seeds and targets on its way.
+    """
+    saved = getattr(method, "checkpoint", None)
+    if saved is None or phase not in saved["unfinished"]:
+        return start
+    put_back(method, saved)
+    return saved["unfinished"][phase]
+
+
+def save_model(method: nn.Module, error: Tensor, run: Path, source: dict) -> None:
     """Save the first model and the hold-out errors [M] of its members, for --dynamics-from."""
     content = {
+        "env_id": method.args.env_id,
+        "sha256": source["sha256"],
         "model": method.model.state_dict(),
         "optimizer": method.model_optimizer.state_dict(),
         "error": error,
@@ -3301,27 +3508,48 @@ def save_model(method: nn.Module, error: Tensor, run: Path) -> None:
     save(content, run / "model.pt")
 
 
-def load_model(method: nn.Module, run: Path) -> None:
-    """Take the model that save_model saved, and choose its elites by the saved errors."""
-    with loading(run / "model.pt", method.device) as saved:
+def load_model(method: nn.Module, run: Path, source: dict) -> None:
+    """Take the model that save_model saved, and choose its elites by the saved errors.
+
+    Raises SystemExit where it is of another task. Other data of the task are said.
+    """
+    path = run / "model.pt"
+    env_id = method.args.env_id
+    with loading(path, method.device) as saved:
+        if saved["env_id"] != env_id:
+            sys.exit(f"{path} is a model of {saved['env_id']}, not of {env_id}")
+        if saved["sha256"] != source["sha256"]:
+            print(f"note: {path} was fitted to other data than {source['dataset']}")
         method.model.load_state_dict(saved["model"])
         load_optimizer(method.model_optimizer, saved["optimizer"])
         method.choose_elites(saved["error"])
 
 
-def refuse_another_class(run: str | Path, kind: str, method: nn.Module) -> None:
-    """Stop if a run was made by another class than that of `method`. Raises SystemExit."""
-    if kind != type(method).__name__:
-        sys.exit(f"{run} is a run of {kind}, not of {type(method).__name__}")
+def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: Args) -> None:
+    """Stop if what was saved is of another class or task. Raises SystemExit.
+
+    Another name of the script is said, because a script may be copied and go on.
+    """
+    own = type(method).__name__
+    if saved["kind"] != own:
+        sys.exit(f"{run} is a run of {saved['kind']}, not of {own}")
+    if saved["env_id"] != args.env_id:
+        sys.exit(f"{run} holds what was learned on {saved['env_id']}, not on {args.env_id}")
+    name = name_of(type(method))
+    if saved["algo"] != name:
+        print(f"note: {run} was made by {saved['algo']}, and this is {name}")
 
 
 def load_policy(run: str, settings: type = Args, method: type = COMBO) -> nn.Module:
     """A method that acts as the policy of a saved run did, on the CPU. Raises SystemExit."""
     args = load_args(run, settings)
-    with loading(Path(run) / "policy.pt") as saved:
+    path = Path(run) / "policy.pt"
+    with loading(path) as saved:
         obs_dim, action_dim = saved["sizes"]
         policy = method(args, obs_dim, action_dim, torch.device("cpu"))
-        refuse_another_class(run, saved["kind"], policy)
+        refuse_another_class(run, saved, policy, args)
+        if saved["policy"].keys() != set(policy.acting):
+            sys.exit(f"{path} holds {list(saved['policy'])}, but needs {list(policy.acting)}")
         for name in policy.acting:
             getattr(policy, name).load_state_dict(saved["policy"][name])
     return policy

@@ -2,6 +2,8 @@
 
 import dataclasses
 import importlib
+import errno
+import functools
 import inspect
 import itertools
 import json
@@ -14,6 +16,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import gymnasium
@@ -22,6 +25,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small import build_ampl, build_combo, build_mopo
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils._pytree import keystr, tree_leaves_with_path
 
@@ -144,12 +148,15 @@ def contents(folder) -> dict[Path, bytes]:
 
 
 def flat(content) -> dict:
-    """{place: value or all of a tensor} of nested dicts and lists, without the times."""
+    """{place: value or all of a tensor} of nested dicts and lists.
+
+    Times, TensorBoard's files and settings are left out.
+    """
     found = {}
     for path, value in tree_leaves_with_path(content):
         if isinstance(value, torch.Tensor):
             value = (value.contiguous().numpy().tobytes(), value.shape, value.dtype)
-        if "seconds" not in keystr(path):
+        if not re.match(r"\['(seconds|events|events_of_longer_run|args)'\]", keystr(path)):
             found[keystr(path)] = value
     return found
 
@@ -185,6 +192,7 @@ def test_run_folder(whole, dataset):
         "args.json",
         "checkpoint.pt",
         "curves.png",
+        "lock",
         "model.pt",
         "omega12.npy",
         "policy.pt",
@@ -326,6 +334,67 @@ def test_resume_is_exact_wherever_the_run_was_cut(call, iteration, tiny, whole, 
     assert shown == expected
 
 
+# With a checkpoint after every report of a phase: after each of the 2 epochs (4 steps) of fit 0 and
+# of the refit, and after the last of omega's 6 steps.
+@pytest.mark.parametrize(
+    "call, iteration, steps, omega_steps",
+    [
+        (1, 0, 4 + 8, 6),  # the first of fit 0's epochs was saved, so one more and the refit follow
+        (2, 0, 0 + 8, 6),
+        (15, 12, 8, 6),
+        (16, 12, 8, 0),
+        (17, 12, 4, 0),
+        (18, 12, 0, 0),
+    ],
+)
+def test_a_phase_goes_on_where_it_was_cut(
+    call, iteration, steps, omega_steps, tiny, whole, tmp_path, monkeypatch
+):
+    """A fit and the training of omega lose nothing saved, and nothing tells the runs apart."""
+    monkeypatch.setattr(ampl, "PHASE_SAVED_EVERY", -1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ampl.Run, "log", before_call(call, ampl.Run.log, die))
+        tiny()
+    folder = folder_in(tmp_path / "runs")
+    assert saved(folder)["iteration"] == iteration
+    counts = {"model_step": 0, "omega_step": 0}
+    for name in counts:
+        monkeypatch.setattr(ampl.AMPL, name, counted(getattr(ampl.AMPL, name), name, counts))
+    assert_same_run(resume(folder), whole)
+    assert counts == {"model_step": steps, "omega_step": omega_steps}
+    shown = points(folder)
+    expected = points(whole)
+    del shown["rollout/terminated_frac"]
+    del expected["rollout/terminated_frac"]
+    assert shown == expected
+
+
+def test_omega_goes_on_where_it_was_cut(tiny, tmp_path, monkeypatch):
+    """It reports, and is saved, at steps 1000 and 1200."""
+    settings = {"omega_steps": 1200, "total_iterations": 13}
+    whole = tiny(run_dir=str(tmp_path / "whole"), **settings)
+    monkeypatch.setattr(ampl, "PHASE_SAVED_EVERY", -1)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ampl.Run, "log", before_call(16, ampl.Run.log, die))
+        tiny(**settings)
+    counts = {"omega_step": 0}
+    call = counted(ampl.AMPL.omega_step, "omega_step", counts)
+    monkeypatch.setattr(ampl.AMPL, "omega_step", call)
+    assert_same_run(resume(folder_in(tmp_path / "runs")), whole)
+    assert counts == {"omega_step": 200}
+
+
+def counted(function, name: str, counts: dict):
+    """`function`, whose calls are counted."""
+
+    @functools.wraps(function)
+    def call(*args):
+        counts[name] += 1
+        return function(*args)
+
+    return call
+
+
 def test_a_finished_run_goes_on(tiny, whole, capsys):
     """To a larger --total-iterations as if it had been so long; on another device with a note."""
     folder = tiny(total_iterations=16)
@@ -333,12 +402,34 @@ def test_a_finished_run_goes_on(tiny, whole, capsys):
     assert ampl.load_args(folder).total_iterations == 24
     assert_same_run(resume(folder), whole)
     assert points(folder) == points(whole)
-    assert "note: resumed on" not in capsys.readouterr().out
+    assert "note: " not in capsys.readouterr().out
 
     other_device = saved(folder) | {"device": "cuda", "rng": torch.zeros(16)}
     torch.save(other_device, folder / "checkpoint.pt")
     assert saved(resume(folder, "--total-iterations", 26))["device"] == "cpu"
     assert "note: resumed on cpu" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},  # iteration 18 ends a run, and has an evaluation and a checkpoint only for that
+        {"log_every": 4},  # and a point of the losses
+    ],
+)
+def test_an_extended_run_has_no_point_of_its_old_end(changes, tiny, capsys):
+    whole = tiny(**changes)
+    folder = tiny(total_iterations=18, **changes)
+    assert [iteration for iteration, _ in result(folder)["curve"]] == [8, 16, 18]
+    shown = points(folder)
+    resume(folder)  # a finished run that is not extended keeps them
+    assert points(folder) == shown
+    assert_same_run(resume(folder, "--total-iterations", 24), whole)
+    shown = points(folder)
+    expected = points(whole)
+    del shown["rollout/terminated_frac"]
+    del expected["rollout/terminated_frac"]
+    assert shown == expected
 
 
 def die_soon(rng: random.Random) -> None:
@@ -382,15 +473,15 @@ def test_sudden_death_at_random_moments(tiny, whole, tmp_path):
 
 
 # torch.save writes model.pt, then two files per checkpoint; os.replace and os.fsync have args.json
-# before them, and omega12.npy after the checkpoint at 12.
+# and two scripts before them, and omega12.npy after the checkpoint at 12.
 @pytest.mark.parametrize(
     "error, where, call, iteration",
     [
         (Killed, "save", 8, 12),
-        (Killed, "replace", 10, 12),
-        (Killed, "replace", 12, 15),
+        (Killed, "replace", 12, 12),
+        (Killed, "replace", 14, 15),
         (RuntimeError, "save", 8, 12),
-        (OSError, "fsync", 10, 12),
+        (OSError, "fsync", 12, 12),
     ],
 )
 def test_a_failure_while_saving(error, where, call, iteration, tiny, whole, tmp_path):
@@ -412,6 +503,47 @@ def test_a_failure_while_saving(error, where, call, iteration, tiny, whole, tmp_
     assert saved(folder)["iteration"] == iteration
     assert_same_run(resume(folder), whole)
     assert list(folder.glob("*.part")) == []
+
+
+LAST_FILES = ["args.json", "ampl.py", "model.pt", "policy.pt", "checkpoint.pt", "omega12.npy"]
+
+
+@pytest.mark.parametrize("file", [*LAST_FILES, "result.json", "curves.png"])
+def test_a_full_disk_is_one_sentence(file, tiny, whole, tmp_path, monkeypatch, capsys):
+    """It names the file, whichever it is; nothing half-written stays."""
+    monkeypatch.undo()  # with pictures
+    monkeypatch.setattr(ampl.os, "fsync", before_call_with(file))
+    args = ampl.load_args(whole)
+    with pytest.raises(SystemExit) as stop:
+        ampl.train(dataclasses.replace(args, run_dir=str(tmp_path / "runs")))
+    folder = folder_in(tmp_path / "runs")
+    sentence = f"cannot write {folder}/{file} (No space left on device)"
+    assert stop.value.code == f"{sentence}; what was there is unharmed"
+    assert list(folder.glob("*.part")) == []
+
+
+def before_call_with(name: str):
+    """os.fsync on a disk that is full when a file of this name is written."""
+    plain = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if f"/{name}." in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        plain(descriptor)
+
+    return fsync
+
+
+@pytest.mark.parametrize("call", [3, 14, 20])
+def test_a_folder_that_vanished(call, tiny, tmp_path, monkeypatch, capfd):
+    """One sentence that names a file in it. It does not come back, half empty."""
+    folder = tmp_path / "runs"
+    log = before_call(call, ampl.Run.log, lambda *_: shutil.rmtree(folder))
+    monkeypatch.setattr(ampl.Run, "log", log)
+    with pytest.raises(SystemExit, match="cannot write .* [(]No such file or directory[)]"):
+        tiny()
+    assert not folder.exists()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def poisoned(function, n: int, value: float):
@@ -450,6 +582,146 @@ def test_what_is_not_finite_stops_the_run_by_name(
     assert all(value.isfinite().all() for value in last["method"].values())
 
 
+# ----- one process at a time -----
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_run_belongs_to_one_process(whole, tmp_path):
+    """A second one is refused until the first has ended, however. Then left-over parts go."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "checkpoint.pt.123.part").write_bytes(b"half")
+    before = contents(folder)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    other = subprocess.Popen([sys.executable, "-c", HOLD, folder / "lock"], **pipes)
+    other.stdout.readline()
+    with pytest.raises(SystemExit, match=f"another process works in {folder}"):
+        resume(folder)
+    assert contents(folder) == before
+    other.kill()
+    other.communicate()
+    assert_same_run(resume(folder), whole)
+    assert list(folder.glob("*.part")) == []
+
+
+def test_two_runs_of_the_same_second(tiny, tmp_path, monkeypatch):
+    """The second does not write into the first one's folder."""
+    monkeypatch.setattr(ampl.time, "strftime", lambda form: "20260101-000000")
+    before = contents(tiny(total_iterations=9))
+    with pytest.raises(SystemExit, match="is there already: start again in a second"):
+        tiny(total_iterations=9)
+    assert contents(folder_in(tmp_path / "runs")) == before
+
+
+def test_without_locks(tiny, monkeypatch, capsys):
+    """Where there are none, that is said."""
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    tiny(total_iterations=9)
+    assert "note: no locks here" in capsys.readouterr().out
+
+
+# ----- what resumes is not what ran -----
+def test_an_edited_script_is_kept_beside(whole, tmp_path, capsys):
+    """The run's own copy stays as it is; the same edited script is kept once."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    (folder / "ampl.py").write_text("what it began with")
+    for _ in range(2):
+        resume(folder)
+        assert "is not what this run began with; it is kept as ampl.2.py" in capsys.readouterr().out
+    assert (folder / "ampl.py").read_text() == "what it began with"
+    assert (folder / "ampl.2.py").read_text() == (ROOT / "ampl.py").read_text()
+    assert not (folder / "ampl.3.py").exists()
+
+
+def edit(folder: Path, file: str, **changes) -> None:
+    """Change entries of a file of a run."""
+    if file.endswith(".json"):
+        content = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps(content | changes))
+    else:
+        torch.save(saved(folder, file) | changes, folder / file)
+
+
+@pytest.mark.parametrize(
+    "file, changes, flag, said",
+    [
+        ("args.json", {"gamma": 0.5}, "resume", "args.json was edited: gamma is 0.5 and was 0.99"),
+        (
+            "checkpoint.pt",
+            {"versions": {n: "0.1" for n in ("torch", "numpy", "gymnasium", "mujoco")}},
+            "resume",
+            "torch is .* and was 0.1: numbers may differ",
+        ),
+        ("checkpoint.pt", {"algo": "mine"}, "resume", "was made by mine, and this is ampl"),
+        ("policy.pt", {"algo": "mine"}, "evaluate", "was made by mine, and this is ampl"),
+        ("model.pt", {"sha256": "0"}, "dynamics-from", "model.pt was fitted to other data than"),
+    ],
+)
+def test_what_differs_is_said(file, changes, flag, said, whole, dataset, tmp_path, capsys):
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    edit(folder, file, **changes)
+    argv = [f"--{flag}", folder]
+    if flag == "dynamics-from":
+        argv += flags(**TINY | {"dataset_path": dataset, "run_dir": tmp_path / "runs"})
+    command(*argv)
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [line for line in notes if re.search(said, line)], notes
+
+
+def test_no_flipped_bit_is_loaded(whole, tmp_path):
+    """Of a hundred in the tensors' files each is refused, or is in a part that holds no data."""
+    folder = Path(shutil.copytree(whole, tmp_path / "run"))
+    rng = random.Random(0)
+    for file in ("checkpoint.pt", "policy.pt", "model.pt"):
+        content = (whole / file).read_bytes()
+        expected = flat(saved(whole, file))
+        for _ in range(33):
+            damaged = bytearray(content)
+            damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            (folder / file).write_bytes(damaged)
+            try:
+                with ampl.loading(folder / file) as loaded:
+                    assert flat(loaded) == expected
+            except SystemExit as stop:
+                assert f"{file} is damaged" in stop.code
+
+
+# ----- a large buffer -----
+class LargeTable:
+    """Stands for D_model of 2**25 rows, and notes which of them are drawn."""
+
+    def __init__(self, width: int):
+        self.width = width
+        self.drawn = []
+
+    def __len__(self) -> int:
+        return 2**25
+
+    def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
+        self.drawn.append(rows)
+        return torch.zeros(len(rows), self.width)
+
+
+@pytest.mark.parametrize("build", [build_ampl, build_mopo, build_combo])
+def test_all_rows_of_a_large_buffer_are_drawn(build):
+    """float32 has 2**24 numbers between 0 and 1: half of the rows were never drawn."""
+    method = build()
+    table = LargeTable(method.model_data.shape[1])
+    del method.model_data
+    method.model_data = table
+    method.num_model_rows.fill_(len(table))
+    for _ in range(20):
+        method.sample_mixed()
+    rows = torch.cat(table.drawn)
+    assert 0.3 < (rows % 2).double().mean() < 0.7
+    assert 0.4 < (rows / len(table)).mean() < 0.6
+
+
 # ----- saved models and policies -----
 def test_dynamics_from(tiny, whole):
     """A run with the first run's model goes on as that one did, bit for bit, without a fit 0."""
@@ -460,12 +732,12 @@ def test_dynamics_from(tiny, whole):
 
 
 def test_policy_file(whole):
-    """It holds the networks that `act` uses, the class and the sizes, and nothing else."""
+    """It holds the networks that `act` uses, script, class, task and sizes, and nothing else."""
     policy = saved(whole, "policy.pt")
-    assert policy["kind"] == "AMPL"
+    assert (policy["algo"], policy["kind"], policy["env_id"]) == ("ampl", "AMPL", ENV)
     assert policy["sizes"] == (4, 2)
     assert policy["policy"].keys() == {"actor", "critic"}
-    assert len(policy) == 3
+    assert len(policy) == 5
 
 
 def test_evaluate(whole, capsys):
@@ -598,7 +870,24 @@ MISTAKES = [
         "--resume {good} --total-iterations 12",
         "has done 24 iterations already: raise --total-iterations above 24, or leave it",
     ),
-    ("--resume=", "there is no args.json"),
+    ("--resume=", "--resume is empty"),
+    ("--dataset-path=", "--dataset-path is empty"),
+    ("--dynamics-from=", "--dynamics-from is empty"),
+    ("--run-dir {page}", "cannot write {page}/.* .Not a directory"),
+    ("--dynamics-from {elsewhere}", "model.pt is a model of pen-human-v1, not of " + ENV),
+    ("--evaluate {elsewhere}", "elsewhere holds what was learned on pen-human-v1, not on " + ENV),
+    ("--resume {elsewhere}", "elsewhere holds what was learned on pen-human-v1, not on " + ENV),
+    ("--evaluate {mopos}", "is a run of MOPO, not of AMPL"),
+    ("--evaluate {empty}", r"policy.pt holds \[\], but needs \['actor', 'critic'\]"),
+    ("--evaluate {nothing}", "policy.pt is damaged or of another setting"),
+    ("--resume {texts}", "args.json was edited or is damaged: --gamma is .*0.99.*, but must"),
+    (
+        "--evaluate {texts}",
+        "args.json was edited or is damaged: --gamma is .*0.99.*, but must",
+    ),
+    ("--resume {high}", "args.json was edited or is damaged: --gamma is 2, but must be at least 0"),
+    ("--resume {list}", "args.json is damaged or of another setting"),
+    ("--resume {cut}", "args.json is damaged or of another setting"),
     ("--evaluate {good} --hidden 5 5", "--evaluate takes --hidden from the run"),
     ("--resume {good} --evaluate {good}", "--resume takes --evaluate from the run"),
     ("--evaluate {fresh}", "there is no {fresh}/policy.pt"),
@@ -619,7 +908,9 @@ def places(tmp_path_factory, whole, dataset):
     (root / "half").write_bytes(Path(dataset).read_bytes()[:9000])
     with h5py.File(root / "foreign_file", "w") as file:
         file["pixels"] = np.zeros(300)
-    for name in ("good", "fresh", "damaged", "pickled", "mopos", "changed", "foreign", "resized"):
+    names = ("good", "fresh", "damaged", "pickled", "mopos", "changed", "foreign", "resized")
+    edited = ("elsewhere", "empty", "nothing", "texts", "high", "list", "cut")
+    for name in names + edited:
         shutil.copytree(whole, root / name)
     for file in ("checkpoint.pt", "policy.pt", "model.pt"):
         (root / "fresh" / file).unlink()
@@ -631,6 +922,15 @@ def places(tmp_path_factory, whole, dataset):
     args = json.loads((whole / "args.json").read_text())
     (root / "foreign/args.json").write_text('{"learning_rate": 1}')
     (root / "resized/args.json").write_text(json.dumps(args | {"hidden": [16, 17]}))
+    torch.save(saved(whole, "policy.pt") | {"kind": "MOPO"}, root / "mopos/policy.pt")
+    for file in ("checkpoint.pt", "policy.pt", "model.pt"):
+        edit(root / "elsewhere", file, env_id="pen-human-v1")
+    edit(root / "empty", "policy.pt", policy={})
+    torch.save({}, root / "nothing/policy.pt")
+    edit(root / "texts", "args.json", gamma="0.99")
+    edit(root / "high", "args.json", gamma=2)
+    (root / "list/args.json").write_text("[1, 2]")
+    (root / "cut/args.json").write_bytes((whole / "args.json").read_bytes()[:-9])
     return root
 
 
@@ -721,6 +1021,38 @@ def test_git_is_a_commit_or_nothing(answer, commit, tmp_path, monkeypatch):
         (tmp_path / "git").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert ampl.git_commit() == commit
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_ctrl_c_ends_in_one_line(there, tmp_path, monkeypatch, capsys):
+    """It says how to go on, or that there is nothing to go on from. Other errors are as ever."""
+    folder = tmp_path / "a run"
+    folder.mkdir()
+    if there:
+        (folder / "checkpoint.pt").touch()
+    monkeypatch.setattr(sys, "argv", ["ampl.py", "--seed", "1"])
+    ampl.say_how_to_go_on(folder, KeyboardInterrupt, KeyboardInterrupt(), None)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    command = f"python ampl.py --resume '{folder}'"
+    assert (command in said) == there and ("start it again" in said) != there
+    ampl.say_how_to_go_on(folder, KeyError, KeyError("of mine"), None)
+    assert "KeyError: 'of mine'" in capsys.readouterr().err
+
+
+def test_ctrl_c_in_a_run(dataset, tmp_path):
+    """As a terminal sends it, in the middle of training."""
+    settings = TINY | {"dataset_path": dataset, "run_dir": tmp_path, "total_iterations": 10**6}
+    words = [sys.executable, str(ROOT / "ampl.py"), *flags(**settings)]
+    run = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while not list(tmp_path.glob("*/checkpoint.pt")):
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    said = run.communicate()[1].splitlines()
+    assert run.returncode != 0
+    assert said[-1].endswith(f"python {ROOT / 'ampl.py'} --resume {folder_in(tmp_path)}")
+    assert "Traceback" not in "".join(said)
 
 
 def test_the_script_as_a_user_starts_it(dataset, tmp_path):
