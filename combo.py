@@ -843,8 +843,7 @@ class COMBO(nn.Module):
         best_error = torch.full((model.members,), 1e32, device=self.device)
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit, patience {args.model_patience} epochs"
-        # The loop begins at epoch 0, unless --resume goes on in the midst of this fit.
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # this, unless --resume goes on
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:
