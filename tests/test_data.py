@@ -653,7 +653,9 @@ BROKEN = [
 ]
 
 
-@pytest.mark.parametrize("broken, message", BROKEN, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    "broken, message", BROKEN, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_broken_files(broken, message, tmp_path):
     """A sentence of its own for each, before memory is asked for."""
     path = tmp_path / "d.hdf5"
