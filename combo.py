@@ -1266,7 +1266,8 @@ def expand_home(args: Args) -> Args:
     changes = {}
     for name, value in vars(args).items():
         if value == "":
-            sys.exit(f"--{name.replace('_', '-')} is empty: name something, or leave it out")
+            flag = "--" + name.replace("_", "-")
+            sys.exit(f"{flag} is '', but must be a text that is not empty")
         if isinstance(value, str) and value.startswith("~"):
             changes[name] = os.path.expanduser(value)
     return dataclasses.replace(args, **changes)
@@ -1872,7 +1873,7 @@ def reading(path: Path):
     try:
         yield
     except FileNotFoundError:
-        sys.exit(f"there is no {path}")
+        sys.exit(f"there is no {path}: name the file's place with --dataset-path")
     except (OSError, KeyError, RuntimeError, ValueError, MemoryError) as error:
         reason = " ".join(str(error).split())
         if "signature not found" in reason:
@@ -2010,6 +2011,8 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
     action_space = env.action_space
     if isinstance(env, gymnasium.wrappers.RescaleAction):
         action_space = env.env.action_space
+    if raw["rewards"].ndim != 1:
+        sys.exit(f"{path}: rewards are {raw['rewards'].shape} and not one number per row")
     size = len(raw["rewards"])
     shapes = {
         "actions": (size, *action_space.shape),

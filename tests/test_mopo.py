@@ -431,8 +431,8 @@ def test_sample_mixed_where_rand_rounds_up(build, monkeypatch):
     empty_model_data(method, 10)
     method.remember(numbered_batch(script_of(method), 1, 8))
 
-    def ones(count: int, device: torch.device) -> Tensor:
-        return torch.ones(count, device=device)
+    def ones(count: int, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.ones(count, device=device, dtype=dtype)
 
     monkeypatch.setattr(torch, "rand", ones)
     assert method.sample_mixed().reward[4:].tolist() == 12 * [8]

@@ -472,29 +472,36 @@ def test_sudden_death_at_random_moments(tiny, whole, tmp_path):
     assert kills > 1
 
 
-# torch.save writes model.pt, then two files per checkpoint; os.replace and os.fsync have args.json
-# and two scripts before them, and omega12.npy after the checkpoint at 12.
+# Checkpoints are saved at 5, 10, 12, 15, 20 and 24, each as policy.pt and then checkpoint.pt.
 @pytest.mark.parametrize(
-    "error, where, call, iteration",
+    "error, where, file, number, iteration",
     [
-        (Killed, "save", 8, 12),
-        (Killed, "replace", 12, 12),
-        (Killed, "replace", 14, 15),
-        (RuntimeError, "save", 8, 12),
-        (OSError, "fsync", 12, 12),
+        (Killed, "save", "checkpoint.pt", 4, 12),
+        (Killed, "replace", "policy.pt", 4, 12),
+        (Killed, "replace", "checkpoint.pt", 5, 15),
+        (RuntimeError, "save", "checkpoint.pt", 4, 12),
+        (OSError, "fsync", "checkpoint.pt", 4, 12),
     ],
 )
-def test_a_failure_while_saving(error, where, call, iteration, tiny, whole, tmp_path):
+def test_a_failure_while_saving(error, where, file, number, iteration, tiny, whole, tmp_path):
     """Killed or a full disk: checkpoint.pt is the old or the new one, whole, and the run goes on"""
     module = torch if where == "save" else os
+    save = ampl.save
+    count = itertools.count(1)
 
     def fail(*args):
         if where == "save":
             args[1].write(b"PK half of a checkpoint")
         raise error("no space left")
 
+    def failing_save(content, path):
+        with pytest.MonkeyPatch.context() as patch:
+            if path.name == file and next(count) == number:
+                patch.setattr(module, where, fail)
+            save(content, path)
+
     with pytest.MonkeyPatch.context() as patch, pytest.raises((SystemExit, Killed)) as stop:
-        patch.setattr(module, where, before_call(call, getattr(module, where), fail))
+        patch.setattr(ampl, "save", failing_save)
         tiny()
     folder = folder_in(tmp_path / "runs")
     if error is not Killed:
@@ -827,7 +834,7 @@ def broken(**_):
 gymnasium.register("Broken-v0", broken)
 # Command lines with a mistake, and what the one sentence says; {places} are made below.
 MISTAKES = [
-    ("--dataset-path nowhere.hdf5", "nowhere.hdf5 is missing"),
+    ("--dataset-path nowhere.hdf5", "there is no nowhere.hdf5: name .* with --dataset-path"),
     ("--dataset-path {folder}", "a folder or a device"),
     ("--dataset-path {page}", "no HDF5 file"),
     ("--dataset-path {foreign_file}", "rewards|actions|observations"),
@@ -870,9 +877,8 @@ MISTAKES = [
         "--resume {good} --total-iterations 12",
         "has done 24 iterations already: raise --total-iterations above 24, or leave it",
     ),
-    ("--resume=", "--resume is empty"),
-    ("--dataset-path=", "--dataset-path is empty"),
-    ("--dynamics-from=", "--dynamics-from is empty"),
+    ("--resume=", "--resume is .., but must be a text that is not empty"),
+    ("--dataset-path=", "--dataset-path is .., but must be a text that is not empty"),
     ("--run-dir {page}", "cannot write {page}/.* .Not a directory"),
     ("--dynamics-from {elsewhere}", "model.pt is a model of pen-human-v1, not of " + ENV),
     ("--evaluate {elsewhere}", "elsewhere holds what was learned on pen-human-v1, not on " + ENV),

@@ -226,9 +226,9 @@ def test_jobs_share_the_cores(plan, parallel, workers, threads, tmp_path, monkey
 
 
 def test_threads_that_the_user_names_stay(plan, tmp_path, capsys):
-    jobs, _ = plan(*SET, tmp_path, "--", *TINY[:-2], "--threads", 3)
+    jobs, _ = plan(*SET, tmp_path, "--", *TINY[:-2], "--threads", 2)
     assert jobs[0].flags.count("--threads") == 1
-    assert jobs[0].flags[-2:] == ["--threads", "3"]
+    assert jobs[0].flags[-2:] == ["--threads", "2"]
     assert "--threads" not in capsys.readouterr().out
 
 
