@@ -845,6 +845,8 @@ def collect(args: Args) -> Path:
     partial = path.with_name(path.name + ".partial.pt")
     check_files(args, path, partial)
     started = time.monotonic()
+    first = "" if args.env_id in MAZE2D_TASKS else ", after SAC has learned, which takes hours"
+    print(f"collecting {args.env_id}, --steps {args.steps}{first}, to {path}", flush=True)
     if args.env_id in MAZE2D_TASKS:
         columns = collect_maze2d(args)
         attributes = maze2d_attributes(args, columns)

@@ -1285,13 +1285,14 @@ def help_header(settings: type) -> str:
     """What --help begins with: the first two sentences of the script, and its usual commands."""
     module = sys.modules[settings.__module__]
     sentences = " ".join((module.__doc__ or "").split()).split(". ")[:2]
-    script = Path(module.__file__).name
+    script = Path(sys.argv[0]).name
     commands = [
         f"python {script} --env-id {settings.env_id}",
         f"python {script} --resume runs/<run>",
         f"python {script} --evaluate runs/<run> --capture-video",
     ]
-    return "\n\n".join([". ".join(sentences) + ".", *commands])
+    marks = "In brackets: where a default is from. Those marked (task) depend on --env-id."
+    return "\n\n".join([". ".join(sentences) + ".", *commands, marks])
 
 
 def task_args(env_id: str, settings: type = Args, **flags) -> Args:
@@ -2048,6 +2049,9 @@ def unit_actions(path: Path, action: np.ndarray, box: gymnasium.spaces.Box) -> n
     outside = ((action < box.low - 1e-3) | (action > box.high + 1e-3)).any(1)
     if outside.any():
         sys.exit(f"{path}: the action in row {outside.argmax()} leaves the action space")
+    if box.high.max() > 1 and np.abs(action).max() <= 1:
+        high = box.high.max()
+        print(f"note: no action is beyond 1, the task's go to {high:g}: are these scaled already?")
     # Where the bounds are -1 and 1, as in all of D4RL, this gives exactly what is stored.
     middle = (box.high + box.low) / 2
     scaled = (action.clip(box.low, box.high) - middle) / (box.high - box.low) * 2
@@ -2968,7 +2972,8 @@ class Run:
         threading.excepthook = ignore_os_errors
         with writing(self.folder / "events.out.tfevents"):
             self.writer = SummaryWriter(str(self.folder))
-        self.bar.write(f"this run writes to {self.folder}")
+        start = f", and goes on at iteration {self.iteration}" if args.resume else ""
+        self.bar.write(f"this run writes to {self.folder}{start}")
 
     def new_folder(self) -> Path:
         """Make the folder of a new run. Raises SystemExit if it is there already."""
@@ -3218,7 +3223,7 @@ class Run:
             final_numbers = self.method.final_numbers()
         final = evaluate(self.method, args, args.final_episodes, 0)
         scores = [score for _, score in self.curve]
-        mean_last_ten = np.mean(scores[-10:])
+        mean_last_ten = float(np.mean(scores[-10:]))
         result = {
             "algo": self.algo,
             "kind": type(self.method).__name__,
@@ -3231,7 +3236,7 @@ class Run:
             "measure": self.measure,
             "last": scores[-1],
             "mean_last_ten": mean_last_ten,
-            "final_mean": final.mean(),
+            "final_mean": float(final.mean()),
             "final_scores": final.tolist(),
             **final_numbers,
             "total_iterations": self.iteration,
@@ -3243,7 +3248,8 @@ class Run:
         }
         save(result, self.folder / "result.json")
         report(self.method, args, final, self.folder)
-        print(f"mean of the last ten: {mean_last_ten:.1f}; see {self.folder}")
+        count = "ten" if len(scores) >= 10 else len(scores)
+        print(f"mean of the last {count}: {mean_last_ten:.1f}; see {self.folder}")
         if self.lock is not None:
             os.close(self.lock)
         return result
@@ -3461,6 +3467,11 @@ def load_args(run: str, settings: type = Args) -> Args:
         for name, value in saved.items():
             if isinstance(value, list):  # JSON has no tuples
                 saved[name] = tuple(value)
+        if isinstance(saved.get("threads"), int):  # this machine may have fewer cores
+            saved["threads"] = min(saved["threads"], os.cpu_count())
+        unknown = saved.keys() - {field.name for field in dataclasses.fields(settings)}
+        if unknown:
+            sys.exit(f"{path} has {min(unknown)}, which is no setting here: of another script?")
         args = settings(**saved)
         try:
             check_args(args)
@@ -3534,7 +3545,7 @@ def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: 
     """
     own = type(method).__name__
     if saved["kind"] != own:
-        sys.exit(f"{run} is a run of {saved['kind']}, not of {own}")
+        sys.exit(f"{run} is a run of {saved['kind']}, not of {own}: start the script of that class")
     if saved["env_id"] != args.env_id:
         sys.exit(f"{run} holds what was learned on {saved['env_id']}, not on {args.env_id}")
     name = name_of(type(method))
