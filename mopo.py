@@ -842,6 +842,8 @@ def check_args(args: Args) -> None:
     check_ranges(args)
     if args.num_elites > args.ensemble_size:
         sys.exit("--num-elites is larger than --ensemble-size")
+    if args.real_fraction > 0 and int(args.real_fraction * args.batch_size) == 0:
+        sys.exit("a batch has no row of data: raise --real-fraction or --batch-size, or choose 0")
     if len(args.model_weight_decay) != 5:
         sys.exit("--model-weight-decay needs a number for each of the five layers")
 
@@ -1158,6 +1160,8 @@ def hide_unused_flags(settings: type) -> None:
     begin: without = ("noise_", "q_min_weight").
     """
     unused = getattr(settings, "without", ())
+    if not isinstance(unused, tuple):
+        sys.exit(f"`without` of {settings.__name__} must be a tuple: without = ('noise_',)")
     names = [field.name for field in dataclasses.fields(settings)]
     for beginning in unused:
         if not any(name.startswith(beginning) for name in names):
@@ -1211,8 +1215,13 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     else:
         used, unused = sort_keys(path, arrays)
         raw = {key: np.asarray(arrays[key]) for key in used}
-        content = b"".join(array.tobytes() for array in raw.values())
-        sha256 = hashlib.sha256(content).hexdigest()
+        digest = hashlib.sha256()
+        for key, array in raw.items():
+            if np.ma.is_masked(arrays[key]):
+                sys.exit(f"{path}: {key} has masked entries: leave out their episodes")
+            digest.update(f"{key} {array.dtype} {array.shape}".encode())
+            digest.update(array.tobytes())
+        sha256 = digest.hexdigest()
     end_keys = check_arrays(path, raw, env)
     check_episodes(path, raw)
     origin = "arrays" if arrays is not None else origin_of(path, sha256)
@@ -1229,6 +1238,8 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     note_rule(args.env_id, data)
     note_still_entries(data)
     reward = data["reward"][data["has_next"]]
+    if len(reward) < 5:
+        sys.exit(f"{path}: fewer than 5 rows have a known s': store next_observations")
     if reward.min() == reward.max():
         sys.exit(f"{path}: all rewards whose s' is stored are equal: there is nothing to learn")
     return data | {"source": source}
@@ -1758,8 +1769,9 @@ def read_episode(path: Path, file: h5py.File, name: str) -> tuple[dict[str, np.n
     arrays = {key: read_array(path, episode, key) for key in keys}
     observations = arrays["observations"]
     steps = len(arrays["rewards"])
-    if len(observations) != steps + 1 or len(arrays["actions"]) != steps:
-        sys.exit(f"{path}: {name} needs as many actions as rewards, and one observation more")
+    lengths = {len(arrays["actions"]), len(arrays["terminations"]), len(observations) - 1}
+    if lengths != {steps}:
+        sys.exit(f"{path}: {name} needs as many actions and ends as rewards, one observation more")
     arrays["observations"] = observations[:-1]
     arrays["next_observations"] = observations[1:]
     # A group's last step ends its episode, also where the flags of the file do not say so.
@@ -1815,8 +1827,8 @@ def unit_actions(path: Path, action: np.ndarray, box: gymnasium.spaces.Box) -> n
     outside = ((action < box.low - 1e-3) | (action > box.high + 1e-3)).any(1)
     if outside.any():
         sys.exit(f"{path}: the action in row {outside.argmax()} leaves the action space")
-    if box.high.max() > 1 and np.abs(action).max() <= 1:
-        high = box.high.max()
+    high = max(box.high.max(), -box.low.min())
+    if high > 1 and np.abs(action).max() <= 1:
         print(f"note: no action is beyond 1, the task's go to {high:g}: are these scaled already?")
     # Where the bounds are -1 and 1, as in all of D4RL, this gives exactly what is stored.
     middle = (box.high + box.low) / 2
@@ -1929,12 +1941,18 @@ def note_rule(env_id: str, data: dict[str, Tensor]) -> None:
     if rule_of_ending(env_id) is None:
         return
     known = data["has_next"]
+    next_obs = data["next_obs"][known]
+    before = next_obs.clone()
     try:
-        ruled = known_termination(env_id, data["next_obs"][known])
-        differ = (ruled != data["terminated"][known]).float().mean().item()
+        ruled = known_termination(env_id, next_obs)
     except Exception as error:  # whatever a rule of one's own raises
         reason = " ".join(str(error).split())
         sys.exit(f"the rule of ending of {env_id} does not work on its observations ({reason})")
+    if ruled.dtype != torch.bool or ruled.shape != next_obs.shape[:1]:
+        sys.exit(f"the rule of ending of {env_id} must give a bool per state, [..., S] -> [...]")
+    if not torch.equal(next_obs, before):
+        sys.exit(f"the rule of ending of {env_id} changes the states that it is asked about")
+    differ = (ruled != data["terminated"][known]).float().mean().item()
     if differ > 0.01:
         by_rule = ruled.float().mean().item()
         stored = data["terminated"][known].float().mean().item()
@@ -3084,13 +3102,21 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def hides_networks(value) -> bool:
+    """Whether lists, tuples and dicts, one in another perhaps, hold a network or a parameter."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        return any(hides_networks(entry) for entry in value)
+    return isinstance(value, (nn.Module, nn.Parameter))
+
+
 def check_optimizers(method: nn.Module) -> None:
     """Stop if a parameter that takes a gradient has no optimizer, or if torch cannot find it."""
     for name, module in method.named_modules():
         for attribute, value in vars(module).items():
-            if attribute.startswith("_") or not isinstance(value, (list, tuple)):
-                continue
-            if any(isinstance(entry, (nn.Module, nn.Parameter)) for entry in value):
+            own = not attribute.startswith("_") and isinstance(value, (dict, list, tuple))
+            if own and hides_networks(value):
                 place = f"{name}.{attribute}".lstrip(".")
                 sys.exit(f"{place} hides networks from torch: make it an nn.ModuleList")
     moved = set()

@@ -220,6 +220,8 @@ def parse_grid(words: tuple[str, ...], flags: list[str]) -> list[dict[str, str]]
         values = [value.strip() for value in text.split(",")]
         if not name or not all(values):
             sys.exit(f"--grid {word}: write name=value,value")
+        if any(part.startswith("--") for value in values for part in value.split()):
+            sys.exit(f"--grid {word}: a value may hold no flag: write that as name=value, too")
         if name in TAKEN:
             sys.exit(f"--grid {word}: sweep.py sets that flag itself, or nothing would be trained")
         if name in ONLY_RUNNING:

@@ -649,7 +649,7 @@ BROKEN = [
     (no_first_episode, "there are 1 episodes, but no episode_0"),
     (a_linked_episode, "episode_1 is a link"),
     (an_episode_without_rewards, "episode_1 has no rewards; found actions, observations"),
-    (a_missing_observation, "episode_0 needs as many actions as rewards, and one obs"),
+    (a_missing_observation, "episode_0 needs as many actions and ends as rewards, one obs"),
 ]
 
 

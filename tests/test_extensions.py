@@ -493,3 +493,73 @@ def test_terminals_that_the_fit_never_sees(tmp_path, capsys):
     ampl.train(ampl.task_args("hopper-medium-v2", **flags), arrays=arrays)
     count = int(arrays["terminals"].sum())
     assert f"s' of {count} terminals is not stored" in capsys.readouterr().out
+
+
+def test_networks_deep_in_a_dict(tmp_path):
+    """As deep as they may lie."""
+
+    class Deep(ampl.AMPL):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.extra = {"heads": [[nn.Linear(3, 1)]]}
+
+    with pytest.raises(SystemExit, match="extra hides networks from torch"):
+        train_small(tmp_path, Deep)
+
+
+# Arrays that cannot be meant, as changes of sound ones, and what is said.
+ODD_ARRAYS = [
+    (lambda a: {"rewards": 1e-6 * a["rewards"]}, "rewards differ by less than 0.001"),
+    (lambda a: {"rewards": np.ma.masked_less(a["rewards"], -5)}, "rewards has masked entries"),
+]
+
+
+@pytest.mark.parametrize("change, words", ODD_ARRAYS)
+def test_odd_arrays(change, words, tmp_path):
+    arrays = arrays_of("Pendulum-v1", 200)
+    arrays.update(change(arrays))
+    args = ampl.task_args("Pendulum-v1", **(SMALL | {"run_dir": str(tmp_path)}))
+    with pytest.raises(SystemExit, match=words):
+        ampl.train(args, arrays=arrays)
+
+
+def test_the_hash_of_arrays_tells_their_names_apart():
+    """The same bytes as time limits and as terminals are other data."""
+    arrays = arrays_of("Pendulum-v1", 200)
+    del arrays["terminals"]
+    args = ampl.task_args("Pendulum-v1")
+    one = ampl.load_dataset(args, arrays)
+    arrays["terminals"] = arrays.pop("timeouts")
+    two = ampl.load_dataset(args, arrays)
+    assert one["source"]["sha256"] != two["source"]["sha256"]
+
+
+# Rules of ending that would train something else, and what is said.
+ODD_RULES = [
+    (lambda next_obs: next_obs.norm(dim=-1, keepdim=True) < 0.5, "must give a bool per state"),
+    (lambda next_obs: (next_obs > 1.02).sum(-1), "must give a bool per state"),
+    (lambda next_obs: next_obs.mul_(0.5)[..., 0] < 0, "changes the states"),
+]
+
+
+@pytest.mark.parametrize("rule, words", ODD_RULES)
+def test_odd_rules_of_ending(rule, words, point_task, monkeypatch):
+    monkeypatch.setitem(ampl.ENDS, point_task, rule)
+    with pytest.raises(SystemExit, match=words):
+        ampl.load_dataset(ampl.task_args(point_task), arrays_of(point_task, 200))
+
+
+def test_initial_states_are_copies(point_task, monkeypatch):
+    """An environment may return the same array from every reset."""
+    buffer = np.zeros(2)
+    reset = Point.reset
+
+    def reused(self, **options):
+        buffer[:] = reset(self, **options)[0]
+        return buffer, {}
+
+    monkeypatch.setattr(Point, "reset", reused)
+    args = ampl.task_args(point_task, num_initial_states=20)
+    method = ampl.AMPL(args, 2, 2, torch.device("cpu"))
+    states = method.collect_initial_obs(lambda *_: None)
+    assert len(states.unique(dim=0)) == 20
