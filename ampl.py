@@ -1481,15 +1481,7 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     if arrays is None:
         raw, unused, sha256 = read_hdf5(path)
     else:
-        used, unused = sort_keys(path, arrays)
-        raw = {key: np.asarray(arrays[key]) for key in used}
-        digest = hashlib.sha256()
-        for key, array in raw.items():
-            if np.ma.is_masked(arrays[key]):
-                sys.exit(f"{path}: {key} has masked entries: leave out their episodes")
-            digest.update(f"{key} {array.dtype} {array.shape}".encode())
-            digest.update(array.tobytes())
-        sha256 = digest.hexdigest()
+        raw, unused, sha256 = take_arrays(path, arrays)
     end_keys = check_arrays(path, raw, env)
     check_episodes(path, raw)
     origin = "arrays" if arrays is not None else origin_of(path, sha256)
@@ -1506,8 +1498,8 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     note_rule(args.env_id, data)
     note_still_entries(data)
     reward = data["reward"][data["has_next"]]
-    if len(reward) < 5:
-        sys.exit(f"{path}: fewer than 5 rows have a known s': store next_observations")
+    if len(reward) == 0:
+        sys.exit(f"{path}: no row has a known s': store next_observations")
     if reward.min() == reward.max():
         sys.exit(f"{path}: all rewards whose s' is stored are equal: there is nothing to learn")
     return data | {"source": source}
@@ -1929,6 +1921,20 @@ def reading(path: Path):
         if "lock" in reason or "already open for write" in reason:
             sys.exit(f"{path} is locked by a program that writes it: wait for its end ({reason})")
         sys.exit(f"{path} cannot be read, or is damaged ({reason})")
+
+
+def take_arrays(path: Path, arrays: dict) -> tuple[dict[str, np.ndarray], list[str], str]:
+    """The same as `read_hdf5` of arrays in memory."""
+    used, unused = sort_keys(path, arrays)
+    raw = {}
+    digest = hashlib.sha256()
+    for key in used:
+        if np.ma.is_masked(arrays[key]):
+            sys.exit(f"{path}: {key} has masked entries: leave out their episodes")
+        raw[key] = np.asarray(arrays[key])
+        digest.update(f"{key} {raw[key].dtype} {raw[key].shape}".encode())
+        digest.update(raw[key].tobytes())
+    return raw, unused, digest.hexdigest()
 
 
 def sort_keys(path: Path, found) -> tuple[list[str], list[str]]:
@@ -2690,6 +2696,7 @@ def choose_device(args: Args) -> torch.device:
     warnings.filterwarnings("ignore", ".*capturable=True.*")
     if args.cuda and torch.cuda.is_available():
         return torch.device("cuda")
+    torch.backends.mkldnn.matmul.fp32_precision = "none"  # whatever a run before this one chose
     if args.cpu_fast_matmul:
         choose_cpu_products()
     return torch.device("cpu")
@@ -3063,7 +3070,7 @@ class Run:
             project=self.args.wandb_project_name,
             entity=self.args.wandb_entity,
             name=self.folder.name,
-            id=hashlib.sha256(self.folder.name.encode()).hexdigest()[:16],
+            id=hashlib.sha256(os.fsencode(self.folder.resolve())).hexdigest()[:16],
             resume="allow",
             config=vars(self.args),
             sync_tensorboard=True,
