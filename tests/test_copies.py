@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 BANNER = "# ===== Appendix, the same in ampl.py, mopo.py and combo.py"
 TASKS_BANNER = "# ===== Appendix: the generalisation tasks of MOPO and COMBO"
 PYTHON_FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("ablations/*.py"), *ROOT.glob("tests/*.py")])
-MARKDOWN_FILES = sorted(ROOT.rglob("*.md"))
+MARKDOWN_FILES = [ROOT / "README.md", ROOT / "ablations/README.md", ROOT / "tests/README.md"]
 
 
 def text_of(script: str) -> str:
