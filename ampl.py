@@ -62,7 +62,7 @@ What each part is made of or trained on:
     D_model      <- states of D_env, from there the policy's actions and the model's steps
     critics      <- a batch, and at its s' the target policy's actions and the target critics
     fake pairs   <- states s of a second batch, a of the policy, s' of the model, a' of the policy
-    D            <- the fake pairs, and as many pairs of D_env as true ones
+    D            <- the 2B fake pairs, and 2B pairs of D_env, which are the true ones
     policy       <- Q at the states of the first batch, D of the fake pairs
 
 The paper's symbols. An observation has S numbers, an action A. The data have N rows, N' of them
@@ -168,7 +168,7 @@ Number = Annotated[float, Range(-1e9), tyro.conf.arg(metavar="FLOAT")]
 
 
 # Defaults are those of the authors' code, unless marked (paper), (script: their launch script) or
-# (ours). For the flags marked (task) the paper's tasks have values of their own: see PAPER.
+# (ours). Where env_id has a row in PAPER, it replaces the defaults of the flags marked (task).
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
@@ -196,7 +196,7 @@ class Args:
     rollout_rows: Count = 32_000  # rows per rollout phase, 128 per iteration (script)
     buffer_size: Count = 640_000  # capacity of D_model in rows (script)
     real_fraction: Share = 0.5  # final share f of data rows in a batch (paper)
-    real_decay_every: Count = 5000  # iterations per 0.1 decrease of f (in a short test fewer)
+    real_decay_every: Count = 5000  # iterations per 0.1 decrease of f (lower it in a short test)
     # --- critics ---
     gamma: Share = 0.99  # discount factor
     tau: Rate = 0.005  # soft-update rate of the targets and of Q_avg
@@ -437,7 +437,8 @@ class ModelEnsemble(nn.Module):
         """Keep mean and standard deviation of `batch` [N', ...]."""
         inputs, targets = self.inputs_and_targets(batch)
         self.input_mean.copy_(inputs.double().mean(0))
-        # Code: at least 1e-12, by which a constant input would be huge once it changed. Here: this.
+        # Code: a deviation of at least 1e-12, with which an input that hardly varies would be huge
+        # once it changed. Here: the model does not see an input that deviates by less than 0.001.
         self.input_std.copy_(input_scale(inputs.double().std(0)))
         self.target_mean.copy_(targets.double().mean(0))
         self.target_std.copy_(targets.double().std(0).clamp(min=1e-12))
@@ -539,9 +540,9 @@ def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
 
 def generator_loss(fake_logit: Tensor, keep: Tensor) -> Tensor:
     """-log D, on average over the fake pairs: logits and keep [2B]."""
-    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, computed from D; at logits
-    # below about -28 its gradient vanishes. Here: the same loss as softplus(-logit), whose gradient
-    # does not.
+    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, as binary_cross_entropy of D,
+    # whose guard against a division by zero takes the gradient at logits below about -28. Here:
+    # the same loss as softplus(-logit), whose gradient stays.
     return masked_mean(F.softplus(-fake_logit), keep)  # Eq. (15)
 
 
@@ -695,7 +696,7 @@ class AMPL(nn.Module):
         self.model_optimizer = self.adam(groups, args.model_lr)
 
     def build(self, name: str, network: type, **options) -> nn.Module:
-        """A network whose first weights depend only on the seed and on `name`, its own."""
+        """A new network. Its first weights depend only on the seed and on its name."""
         reseed(self.args.seed, name)
         return network(self.obs_dim, self.action_dim, self.args, **options).to(self.device)
 
@@ -715,13 +716,14 @@ class AMPL(nn.Module):
         next_obs = dataset["next_obs"]
         terminated = dataset["terminated"].float()
         reward = scale_rewards(dataset["reward"])
-        if reward.max() > 2:
+        if reward.max() > 2:  # scaled, it is 1 + 0.001 / span
             sys.exit("the rewards differ by less than 0.001: multiply them by a large number")
         fields = [obs, dataset["action"], reward[:, None], next_obs, terminated[:, None]]
         self.data = torch.cat(fields, -1).to(self.device)  # D_env, [N, S + A + 1 + S + 1]
 
         # In a file without s' the s' of a row is the state of the next row. After a terminal row
-        # that is another episode's, so s' is unknown; the critics do not need it there.
+        # that is another episode's, so s' is unknown, and s stands in for it; the critics do not
+        # need it there.
         # Paper: the model is fitted to all rows. Code: likewise, with the other episode's state as
         # s'. Here: the model is fitted only to the rows with a known s'. D_env keeps all rows.
         has_next = dataset["has_next"]
@@ -731,7 +733,7 @@ class AMPL(nn.Module):
             print(f"note: s' of {lost} terminals is not stored: the model never sees their rewards")
 
         # A prediction beyond these is outside the data: twice the largest |obs| of each dimension
-        # (or twice STILL, where the data are zero), and the largest reward plus 10 standard
+        # (or 0.002, twice STILL, where that is smaller), and the largest reward plus 10 standard
         # deviations.
         farthest = torch.maximum(obs.abs(), next_obs.abs()).amax(0)
         self.obs_limit = 2 * farthest.clamp(min=STILL).to(self.device)
@@ -814,7 +816,7 @@ class AMPL(nn.Module):
 
         # In a policy step both losses share one graph. `inputs` gives each gradient only to the
         # networks of its own optimizer, and retain_graph keeps the graph for the second backward
-        # pass. The policy's step in between is safe, because that pass never reaches its weights.
+        # pass. The policy may step in between: the discriminator's pass does not use its weights.
         # Paper: discriminator, then policy. Code: policy first, on losses from before both steps.
         if step_actor:
             self.actor_optimizer.zero_grad()
@@ -972,7 +974,7 @@ class AMPL(nn.Module):
         best_error = torch.full((model.members,), 1e32, device=self.device)
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit {k}, patience {args.model_patience} epochs"
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # this, unless --resume goes on
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, unless resumed in a fit
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:

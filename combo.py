@@ -145,8 +145,8 @@ Number = Annotated[float, Range(-1e9), tyro.conf.arg(metavar="FLOAT")]
 
 
 # Defaults are MOPO's code's for all that COMBO takes from MOPO. COMBO's own are marked: (paper);
-# (recalled), from memory of the paper's appendix and not read; (ours). For the flags marked (task)
-# the paper's tasks have values of their own: see PAPER.
+# (recalled), from memory of the paper's appendix and not read; (ours). Where env_id has a row in
+# PAPER, as the default task has, that row replaces the defaults of the flags marked (task).
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
@@ -391,8 +391,8 @@ class ModelEnsemble(nn.Module):
         """Keep mean and standard deviation of inputs [rows, S + A]."""
         std, mean = torch.std_mean(inputs.double(), 0, correction=0)
         self.input_mean.copy_(mean)
-        # Code: a deviation below 1e-12 counts as 1. Here: this, since an input that hardly varies
-        # would be huge once it changed.
+        # MOPO's code: a deviation below 1e-12 counts as 1. Here: the model does not see an input
+        # that deviates by less than 0.001, since it would be huge once it changed.
         self.input_std.copy_(input_scale(std))
 
     def standardise(self, inputs: Tensor) -> Tensor:
@@ -455,7 +455,8 @@ def log_sum_exp(q: Tensor, log_density: Tensor) -> Tensor:
 
     q [2, B, K] is at K actions per state. log_density [B, K], each of the distribution that its
     action was drawn from, corrects for how often actions were drawn (importance weights). The
-    gradient is a softmax over the actions, so descent lowers Q most where it is highest.
+    gradient is a softmax of q - log_density over the K actions: at equal densities descent lowers
+    Q most where it is highest.
     """
     return (q - log_density).logsumexp(-1)
 
@@ -492,7 +493,7 @@ def temperature_loss(log_alpha: Tensor, log_prob: Tensor, target_entropy: float)
 def model_loss(mean: Tensor, log_std: Tensor, target: Tensor) -> Tensor:
     """Gaussian negative log-likelihood of every member, [M, B, 1 + S] each. -> [M]
 
-    The log is doubled, lacks its constant, and is a mean over the 1 + S outputs, not their sum.
+    It is doubled, without log(2 pi), and a mean over the 1 + S outputs instead of their sum.
     """
     nll = (mean - target).square() * torch.exp(-2 * log_std) + 2 * log_std
     return nll.mean((-2, -1))
@@ -549,15 +550,14 @@ class COMBO(nn.Module):
         self.critic_optimizer = self.adam(self.critic.parameters(), args.critic_lr)
         self.temperature_optimizer = self.adam([self.log_alpha], args.alpha_lr)
         # Weights decay, biases and the bounds of the log-variance do not.
-        others = [self.model.max_log_var, self.model.min_log_var]
-        groups = [{"params": others}]
+        biases = [layer.bias for layer in self.model.layers]
+        groups = [{"params": [self.model.max_log_var, self.model.min_log_var, *biases]}]
         for layer, decay in zip(self.model.layers, args.model_weight_decay, strict=True):
             groups.append({"params": [layer.weight], "weight_decay": decay})
-            others.append(layer.bias)
         self.model_optimizer = self.adam(groups, args.model_lr)
 
     def build(self, name: str, network: type, **options) -> nn.Module:
-        """A network whose first weights depend only on the seed and on `name`, its own."""
+        """A new network. Its first weights depend only on the seed and on its name."""
         reseed(self.args.seed, name)
         return network(self.obs_dim, self.action_dim, self.args, **options).to(self.device)
 
@@ -610,7 +610,8 @@ class COMBO(nn.Module):
         num_real = real_rows(self.args)
         num_imagined = self.args.batch_size - num_real
         real = torch.randint(len(self.data), (num_real,), device=self.device)
-        # float32 has 2**24 numbers between 0 and 1, too few for the rows of a larger D_model.
+        # Not randint: the number of rows changes, and a CUDA graph would freeze it. float32 has
+        # 2**24 numbers between 0 and 1, too few for the rows of a larger D_model.
         exact = torch.float64 if len(self.model_data) > 2**24 else None
         draw = torch.rand(num_imagined, dtype=exact, device=self.device)
         row = (draw * self.num_model_rows).long()
@@ -687,7 +688,7 @@ class COMBO(nn.Module):
         It is of each critic; q [2, B] is at the batch.
         """
         # Paper: Q at an action of the policy. Recalled: as in CQL, a soft maximum of Q over uniform
-        # actions and the policy's. Here: the soft maximum.
+        # actions and the policy's.
         rho = self.rows_of_rho(batch)
         actions, log_density = self.proposals(rho.obs, rho.next_obs)
         soft_q = log_sum_exp(self.q_of_actions(rho.obs, actions), log_density)  # [2, rows of rho]
@@ -723,7 +724,7 @@ class COMBO(nn.Module):
     def q_of_actions(self, obs: Tensor, actions: Tensor) -> Tensor:
         """Both critics at K actions per state: [B, S], [B, K, A] -> [2, B, K]."""
         count = actions.shape[1]
-        q = self.critic(obs.repeat_interleave(count, 0), actions.flatten(0, 1))  # [2, B n]
+        q = self.critic(obs.repeat_interleave(count, 0), actions.flatten(0, 1))  # [2, B K]
         return q.unflatten(1, (-1, count))
 
     # --- what the critics believe, for logs and --select ---
@@ -843,7 +844,7 @@ class COMBO(nn.Module):
         best_error = torch.full((model.members,), 1e32, device=self.device)
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit, patience {args.model_patience} epochs"
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # this, unless --resume goes on
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, unless resumed in a fit
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:
