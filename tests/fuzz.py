@@ -47,7 +47,8 @@ TINY = {
         --model-epoch-steps 2 --rollout-every 4 --rollout-rows 60 --buffer-size 200 --hidden 8 8
         --noise-dim 2 --omega-steps 2 --omega-batch-size 8 --omega-initial-batch-size 8
         --num-initial-states 20""",
-    mopo: f"{TINY_MODEL_RUN} --rollout-every 4 --rollout-starts 20 --hidden 8 8",
+    mopo: f"""{TINY_MODEL_RUN} --rollout-every 4 --rollout-starts 20 --hidden 8 8
+        --real-fraction 0.25""",
     combo: f"{TINY_MODEL_RUN} --rollout-every 4 --rollout-starts 20 --hidden 8 8 --num-actions 2",
     collect: """--steps 150 --sac-steps 160 --random-steps 40 --eval-every 40 --eval-episodes 1
         --medium-return -1000 --hidden 8 8 --batch-size 16 --no-cuda""",
@@ -125,6 +126,10 @@ CONTRADICTIONS = [
     (combo, "batch_size", "1"),  # of which the data's share is less than a row
     (combo, "real_fraction", "0"),
     (combo, "real_fraction", "1e-30"),
+    (ampl, "batch_size", "1"),
+    (ampl, "real_fraction", "1e-30"),
+    (mopo, "batch_size", "1"),
+    (mopo, "real_fraction", "1e-30"),
 ]
 # Flags that contradict each other or make no sense together.
 PAIRS = {
