@@ -93,7 +93,8 @@ A note `# Paper: ... Code: ...` marks where the paper's main text and the author
 where the paper says nothing. This file follows the code, unless the note ends with `Here: ...`.
 What follows `main` is plumbing and may be skipped. The method mainly calls `capture` (on a GPU it
 records a step as a CUDA graph; on a CPU it returns the step), `reseed` (random numbers of its own
-for each phase), `known_termination` (a task's rule of ending) and `parameters_of` (an optimizer).
+for each phase), `known_termination` (a task's rule of ending), `parameters_of` (an optimizer) and
+`go_on` (where a long loop begins: at its start, but for a resumed run).
 """
 
 import contextlib
