@@ -972,6 +972,7 @@ class AMPL(nn.Module):
         # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         step = functools.partial(self.model_step, inputs, targets, known_omega, train_rows)
         step = capture(step, args)
+        # Not inf: the first improvement, (inf - error) / inf, would be NaN.
         best_error = torch.full((model.members,), 1e32, device=self.device)
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit {k}, patience {args.model_patience} epochs"
@@ -983,7 +984,7 @@ class AMPL(nn.Module):
             for _ in range(args.model_epoch_steps):
                 logs = step()
             error = self.holdout_error(inputs, targets, known_omega, held_out)  # [M]
-            improved = (best_error - error) / best_error > 0.01  # [M]; inf / inf would be NaN
+            improved = (best_error - error) / best_error > 0.01  # [M]
             best_error = torch.where(improved, error, best_error)
             for name, tensor in model.layers.state_dict().items():
                 best_layers[name][improved] = tensor[improved]  # the first axis is the member
@@ -1222,7 +1223,7 @@ def main(settings: type = Args, method: type = AMPL) -> None:
     args = parse_args(settings)
     if args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        scores = evaluate(policy, args, args.final_episodes, 0)
+        scores = evaluate(policy, args, args.final_episodes, k=0)
         report(policy, args, scores, Path(args.evaluate))
     else:
         with enough_memory():
@@ -2807,9 +2808,10 @@ def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.
 
 
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
-    """Scores [episodes] of the policy `method.act`; k numbers the evaluations of a run.
+    """Scores [episodes] of the policy `method.act`.
 
-    The training's random numbers stay as they are, so that it may be evaluated at any time.
+    k numbers the evaluations of a run, and the final one is 0. The training's random numbers stay
+    as they are, so that it may be evaluated at any time.
     """
     asynchronous = args.async_envs
     if asynchronous is None:  # with a GPU the other cores are idle; a few cores gain nothing
@@ -3283,7 +3285,7 @@ class Run:
         final_numbers = {}
         if hasattr(self.method, "final_numbers"):
             final_numbers = self.method.final_numbers()
-        final = evaluate(self.method, args, args.final_episodes, 0)
+        final = evaluate(self.method, args, args.final_episodes, k=0)
         scores = [score for _, score in self.curve]
         mean_last_ten = float(np.mean(scores[-10:]))
         result = {

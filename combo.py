@@ -313,10 +313,10 @@ def squashed_sample(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tenso
     """tanh(u) with u = mean + std * noise, all [..., A], and its log-density [...]."""
     u = mean + log_std.exp() * noise
     log_density = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)  # of u
-    # The tanh shrinks lengths by 1 - tanh(u)^2. In this form its logarithm stays finite where
-    # tanh(u) rounds to 1.
-    log_shrinkage = 2 * (math.log(2) - u - F.softplus(-2 * u))
-    return torch.tanh(u), (log_density - log_shrinkage).sum(-1)
+    # The tanh raises the density by 1 / (1 - tanh(u)^2). In this form the logarithm of that stays
+    # finite where tanh(u) rounds to 1.
+    log_growth = 2 * (u + F.softplus(-2 * u) - math.log(2))
+    return torch.tanh(u), (log_density + log_growth).sum(-1)
 
 
 class TwinCritic(nn.Module):
@@ -476,7 +476,8 @@ def bellman_target(batch: Batch, q_next: Tensor, gamma: float) -> Tensor:
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
     """The Bellman error of Eq. (2), the sum over all critics: q [2, B], target [B]."""
-    return sum(0.5 * F.mse_loss(q_j, target) for q_j in q)
+    # mse_loss is a mean over the critics, too; times their number it is a sum.
+    return 0.5 * len(q) * F.mse_loss(q, target.expand_as(q))
 
 
 def policy_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
@@ -838,9 +839,12 @@ class COMBO(nn.Module):
         # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         shape = (model.members, len(train_rows))
         bootstrap = train_rows[torch.randint(len(train_rows), shape, device=self.device)]
-        order = bootstrap.clone()  # the rows in the order of the epoch
-        position = torch.zeros((), dtype=torch.long, device=self.device)  # in that order
+        # The rows in the order of the epoch, and how far in it the fit is. Both are written in
+        # place, since `capture` records where a step reads.
+        order = bootstrap.clone()
+        position = torch.zeros((), dtype=torch.long, device=self.device)
         step = capture(functools.partial(self.model_step, inputs, targets, order, position), args)
+        # Not inf: the first improvement, (inf - error) / inf, would be NaN.
         best_error = torch.full((model.members,), 1e32, device=self.device)
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit, patience {args.model_patience} epochs"
@@ -853,7 +857,7 @@ class COMBO(nn.Module):
             for _ in range(math.ceil(len(train_rows) / args.model_batch_size)):
                 logs = step()
             error = self.holdout_error(inputs[held_out], targets[held_out])  # [M]
-            improved = (best_error - error) / best_error > 0.01  # [M]; inf / inf would be NaN
+            improved = (best_error - error) / best_error > 0.01  # [M]
             best_error = torch.where(improved, error, best_error)
             for name, tensor in model.layers.state_dict().items():
                 best_layers[name][improved] = tensor[improved]  # the first axis is the member
@@ -988,7 +992,8 @@ def train(args: Args, method: type = COMBO, arrays: dict[str, np.ndarray] | None
         save_now = last or run.iteration % args.checkpoint_every == 0
         if run.iteration % args.log_every == 0 or save_now:
             start_logs = combo.start_values()
-            run.log("training", logs | rollout_logs | start_logs)  # stops at NaN, before a file
+            # It stops at NaN, before a file could hold it.
+            run.log("training", logs | rollout_logs | start_logs)
         if run.iteration % args.eval_every == 0 or last:
             run.add_to_curve()
         if save_now:
@@ -1128,7 +1133,7 @@ def main(settings: type = Args, method: type = COMBO) -> None:
         probe(args, method)
     elif args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        scores = evaluate(policy, args, args.final_episodes, 0)
+        scores = evaluate(policy, args, args.final_episodes, k=0)
         report(policy, args, scores, Path(args.evaluate))
     else:
         with enough_memory():
@@ -2769,9 +2774,10 @@ def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.
 
 
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
-    """Scores [episodes] of the policy `method.act`; k numbers the evaluations of a run.
+    """Scores [episodes] of the policy `method.act`.
 
-    The training's random numbers stay as they are, so that it may be evaluated at any time.
+    k numbers the evaluations of a run, and the final one is 0. The training's random numbers stay
+    as they are, so that it may be evaluated at any time.
     """
     asynchronous = args.async_envs
     if asynchronous is None:  # with a GPU the other cores are idle; a few cores gain nothing
@@ -3245,7 +3251,7 @@ class Run:
         final_numbers = {}
         if hasattr(self.method, "final_numbers"):
             final_numbers = self.method.final_numbers()
-        final = evaluate(self.method, args, args.final_episodes, 0)
+        final = evaluate(self.method, args, args.final_episodes, k=0)
         scores = [score for _, score in self.curve]
         mean_last_ten = float(np.mean(scores[-10:]))
         result = {

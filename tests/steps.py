@@ -175,10 +175,10 @@ STEPS = {
     "ampl rollout": Step("ampl", "AMPL", rollout, 235),
     "ampl model step": Step("ampl", "AMPL", refit_step, 100),
     "ampl omega step": Step("ampl", "AMPL", omega_step, 205),
-    "mopo": Step("mopo", "MOPO", iteration, 200),
+    "mopo": Step("mopo", "MOPO", iteration, 187),
     "mopo rollout": Step("mopo", "MOPO", rollout, 615),
     "mopo model step": Step("mopo", "MOPO", fit_step, 100),
-    "combo": Step("combo", "COMBO", iteration, 380),
+    "combo": Step("combo", "COMBO", iteration, 360),
     "combo rollout": Step("combo", "COMBO", rollout, 485),
     "combo model step": Step("combo", "COMBO", fit_step, 100),
 }
