@@ -5,7 +5,7 @@
 #   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
-# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# [tool.uv]  # d4rl is only a table of URLs here: what it asks for is never installed
 # override-dependencies = [
 #   "click; python_version < '0'", "dm-control; python_version < '0'",
 #   "gym; python_version < '0'", "mjrl; python_version < '0'",
@@ -127,8 +127,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-# Threads that wait for work spin, which stops the others on a busy machine: beside one more process
-# an iteration took 518 ms instead of 26. With this it takes 67, and 29 on an idle machine.
+# Threads that wait for work spin, which stops the others on a busy machine. With this they spin
+# less: an iteration beside one more process takes 67 ms instead of 518, one alone 29 instead of 26.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
@@ -152,7 +152,7 @@ class Range(NamedTuple):
     """From `low` to `high`, both included, unless low_is_allowed is False."""
 
     low: float
-    high: float = 1e9  # far above all that makes sense, and a product of a few is no infinity
+    high: float = 1e9  # above all that makes sense; a product of a few stays finite
     low_is_allowed: bool = True
 
 
@@ -173,7 +173,7 @@ Number = Annotated[float, Range(-1e9), tyro.conf.arg(metavar="FLOAT")]
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
-    env_id: str = "maze2d-umaze-v1"  # task in PAPER, D4RL or gymnasium
+    env_id: str = "maze2d-umaze-v1"  # task in PAPER, or any with a simulator
     dataset_path: str | None = None  # HDF5 file (default: the task's in D4RL's folder)
     seed: Seed = 0  # seed of all random draws (the paper reports five)
     total_iterations: Count = 1_000_000  # iterations of the main loop
@@ -439,7 +439,8 @@ class ModelEnsemble(nn.Module):
         inputs, targets = self.inputs_and_targets(batch)
         self.input_mean.copy_(inputs.double().mean(0))
         # Code: a deviation of at least 1e-12, with which an input that hardly varies would be huge
-        # once it changed. Here: the model does not see an input that deviates by less than 0.001.
+        # once it changed. Here: an input that deviates by less than 0.001 is divided by 1e12, so
+        # that the model sees 0.
         self.input_std.copy_(input_scale(inputs.double().std(0)))
         self.target_mean.copy_(targets.double().mean(0))
         self.target_std.copy_(targets.double().std(0).clamp(min=1e-12))
@@ -480,6 +481,7 @@ class ModelEnsemble(nn.Module):
     def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, ...]:
         """`forward` at every row, each by a random member of its own: -> mean, log_std [B, 1 + S].
 
+        They are of the standardised targets, like those of `forward`.
         The rows are shuffled, cut into M equal shares, one per member, and put back in order.
         """
         x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std  # [B, S + A]
@@ -491,7 +493,7 @@ class ModelEnsemble(nn.Module):
         return tuple(output.flatten(0, 1)[unshuffle] for output in self(shares))
 
     def draw(self, obs: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-        """A sample of the Gaussian [B, 1 + S] as reward [B] and next_obs [B, S]."""
+        """A sample of the standardised Gaussian [B, 1 + S] as reward [B] and next_obs [B, S]."""
         y = mean + log_std.exp() * torch.randn_like(mean)
         # Code: NaN becomes 0. Here: also a clamp, so that predictions far outside the data, which
         # end a rollout, do not overflow the other networks.
@@ -501,7 +503,11 @@ class ModelEnsemble(nn.Module):
 
 # ===== 3. Equations ===============================================================================
 def scale_rewards(reward: Tensor) -> Tensor:
-    """Rewards [N] to about [0, 1], which the critics' q_bound, huber_delta and grad_norm assume."""
+    """Rewards [N] to about [0, 1].
+
+    The critics' q_bound, huber_delta and grad_norm assume that, and `end_outside_data`, whose
+    -reward_limit is a penalty only beside rewards that are not negative.
+    """
     # Paper: the task's rewards. Code: this.
     span = reward.max() - reward.min()
     return (reward - reward.min() + 1e-3) / span
@@ -542,7 +548,7 @@ def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
 def generator_loss(fake_logit: Tensor, keep: Tensor) -> Tensor:
     """-log D, on average over the fake pairs: logits and keep [2B]."""
     # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, as binary_cross_entropy of D,
-    # whose guard against a division by zero takes the gradient at logits below about -28. Here:
+    # whose guard against a division by zero makes the gradient 0 at logits below about -28. Here:
     # the same loss as softplus(-logit), whose gradient stays.
     return masked_mean(F.softplus(-fake_logit), keep)  # Eq. (15)
 
@@ -577,8 +583,9 @@ def model_error(mean: Tensor, target: Tensor, omega: Tensor) -> Tensor:
 
     mean is [M, B, 1 + S]; target [B, 1 + S] and omega [B] are the same for every member.
     """
-    # Paper: does not say. Code: computes likelihood and squared error, and judges by the squared
-    # error, probably by mistake.
+    # Paper: does not say. Code: this, weighted by omega as well. Its loss function returns
+    # likelihood and squared error, and the caller takes them in the other order, so the likelihood
+    # was probably meant.
     error = (mean - target).square().mean(-1)  # [M, B]
     return (omega * error).mean(-1)
 
@@ -617,7 +624,9 @@ def constrain_mean(
     g = loss_grad + multiple * mean_grad with the smallest multiple >= 0 such that
     <g, mean_grad> >= min(mean_omega - bound, |mean_grad|^2), where <,> is the scalar product. The
     descent step goes along -g. Above the bound it lowers the mean; below, it may raise it, but by
-    less the closer the mean is to the bound. (Adam changes the step, so that this is no guarantee.)
+    less the closer the mean is to the bound. The second argument of min caps the demand: however
+    far above the bound, the mean need not fall faster than along -mean_grad itself. (Adam changes
+    the step, so that this is no guarantee.)
     """
     # Paper: no bound. Code: this one.
     norm_squared = mean_grad.square().sum()
@@ -640,11 +649,12 @@ class AMPL(nn.Module):
     they never wait for a tensor's value and hold no `if` on what changes between calls. The two
     flags of `iterate` are the exception: it gets one graph per combination.
 
-    Variants of the method, such as the paper's ablations, derive from this class, and their
-    settings from Args; `main(MyArgs, MyMethod)` starts them. What their steps change must be a
-    parameter or a buffer; what they draw must be drawn by torch on self.device and stay a tensor
-    (k of n at random: torch.rand(n, device=self.device).argsort()[:k]). A CUDA graph freezes all
-    else, and --resume does not restore it.
+    For those who derive a class, as the paper's ablations do: its settings derive from Args, and
+    `main(MyArgs, MyMethod)` starts it. What a step changes must be a parameter or a buffer. What it
+    draws must be drawn by torch on self.device and stay a tensor; k of n at random, for example,
+    are torch.rand(n, device=self.device).argsort()[:k]. A CUDA graph freezes all else, and --resume
+    does not restore it. Other rewards are written to self.data after super().set_data, since its
+    scaling undoes any shift. Environments of your own: see section C.
     """
 
     Model = ModelEnsemble
@@ -709,9 +719,10 @@ class AMPL(nn.Module):
     # --- data ---
 
     def set_data(self, dataset: dict[str, Tensor]) -> None:
-        """Take the transitions that `load_dataset` describes.
+        """Take what load_dataset gives: obs, next_obs [N, S], action [N, A], reward [N], and so on.
 
-        This is not part of __init__, because a saved policy acts without data.
+        `terminated` and `has_next` [N] are booleans. This is not part of __init__, because a saved
+        policy acts without data.
         """
         obs = dataset["obs"]
         next_obs = dataset["next_obs"]
@@ -734,8 +745,7 @@ class AMPL(nn.Module):
             print(f"note: s' of {lost} terminals is not stored: the model never sees their rewards")
 
         # A prediction beyond these is outside the data: twice the largest |obs| of each dimension
-        # (or 0.002, twice STILL, where that is smaller), and the largest reward plus 10 standard
-        # deviations.
+        # (at least 0.002; STILL is 0.001), and the largest reward plus 10 standard deviations.
         farthest = torch.maximum(obs.abs(), next_obs.abs()).amax(0)
         self.obs_limit = 2 * farthest.clamp(min=STILL).to(self.device)
         self.reward_limit = (reward.max() + 10 * reward.std()).to(self.device)
@@ -882,7 +892,7 @@ class AMPL(nn.Module):
         The gradient reaches the policy through both actions.
         """
         raw = self.actor.raw_action(obs)
-        with torch.no_grad():  # s' is a constant
+        with torch.no_grad():  # Paper: does not say. Code: no gradient passes through s'.
             _, next_obs, terminated = self.imagine(obs, torch.tanh(raw))
         next_raw = self.actor.raw_action(next_obs)
         # Paper: all pairs. Code: without those at a terminal s'. Here: they stay, masked by `keep`:
@@ -972,11 +982,10 @@ class AMPL(nn.Module):
         # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         step = functools.partial(self.model_step, inputs, targets, known_omega, train_rows)
         step = capture(step, args)
-        # Not inf: the first improvement, (inf - error) / inf, would be NaN.
-        best_error = torch.full((model.members,), 1e32, device=self.device)
+        best_error = torch.full((model.members,), 1e32, device=self.device)  # inf / inf is NaN
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit {k}, patience {args.model_patience} epochs"
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, unless resumed in a fit
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, or where a fit stopped
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:
@@ -1005,7 +1014,10 @@ class AMPL(nn.Module):
     def model_step(
         self, inputs: Tensor, targets: Tensor, omega: Tensor, train_rows: Tensor
     ) -> Scalars:
-        """One Adam step of all members, each on random rows of its own."""
+        """One Adam step of all members, each on random rows of its own.
+
+        inputs [N', S + A], targets [N', 1 + S], omega [N']; train_rows number some of these rows.
+        """
         args = self.args
         model = self.model
         shape = (model.members, args.model_batch_size)
@@ -1073,7 +1085,7 @@ class AMPL(nn.Module):
         reseed(args.seed, "omega", k)
         step = capture(functools.partial(self.omega_step, q_data), args)
         phase = f"omega, training {k}"
-        (steps_done,) = go_on(self, phase, (0,))  # 0, unless --resume goes on within
+        (steps_done,) = go_on(self, phase, (0,))  # 0, unless a resumed run was in this loop
         for t in range(steps_done + 1, args.omega_steps + 1):
             logs = step()
             if t % 1000 == 0 or t == args.omega_steps:
@@ -1191,6 +1203,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
     rollout_logs = {}
     while run.iteration < args.total_iterations:
         i = run.iteration
+        # Paper: "every 100 epochs". Code: not at i = 0, where the model was just fitted unweighted.
         if i > 0 and i % args.model_retrain_every == 0:
             run.save_checkpoint()  # what follows takes long
             k = i // args.model_retrain_every
@@ -1210,7 +1223,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
         last = run.iteration == args.total_iterations
         save_now = last or run.iteration % args.checkpoint_every == 0
         if run.iteration % args.log_every == 0 or save_now:
-            run.log("training", logs | rollout_logs)  # stops at NaN, before a file could hold it
+            run.log("training", logs | rollout_logs)  # stops at NaN, so no checkpoint holds it
         if run.iteration % args.eval_every == 0 or last:
             run.add_to_curve()  # evaluates the policy
         if save_now:
@@ -1223,7 +1236,7 @@ def main(settings: type = Args, method: type = AMPL) -> None:
     args = parse_args(settings)
     if args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        scores = evaluate(policy, args, args.final_episodes, k=0)
+        scores = evaluate(policy, args, args.final_episodes, k=0)  # the final one
         report(policy, args, scores, Path(args.evaluate))
     else:
         with enough_memory():
@@ -1505,7 +1518,10 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     if len(reward) == 0:
         sys.exit(f"{path}: no row has a known s': store next_observations")
     if reward.min() == reward.max():
-        sys.exit(f"{path}: all rewards whose s' is stored are equal: there is nothing to learn")
+        sys.exit(
+            f"{path}: all rewards whose s' is stored are equal, so there is nothing to learn; if "
+            "rewards come with terminals alone, store next_observations, too"
+        )
     return data | {"source": source}
 
 

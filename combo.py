@@ -5,7 +5,7 @@
 #   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
-# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# [tool.uv]  # d4rl is only a table of URLs here: what it asks for is never installed
 # override-dependencies = [
 #   "click; python_version < '0'", "dm-control; python_version < '0'",
 #   "gym; python_version < '0'", "mjrl; python_version < '0'",
@@ -62,7 +62,8 @@ follow MOPO, and leaves many constants to an appendix. What is from memory of th
 marked (recalled); public re-implementations differ from one another. What COMBO takes from MOPO is
 as in MOPO's code. Notes say where the sources differ: `Paper:` is COMBO's text, `Recalled:` its
 appendix from memory, `MOPO's paper:` and `MOPO's code:` are MOPO's. This file follows the source
-that is named last; `Here:` is its own choice. Eq. (1), (4) and (5) are theory and have no line.
+that is named last; `Here:` is its own choice. Eq. (1) is CQL's; Eq. (4) and (5) are theory. They
+have no line.
 
 `--select` chooses between finished runs with the paper's offline rule, `--probe-uncertainty` draws
 a figure like Figure 2, and `--dynamics-from` also takes a run of mopo.py. What follows `main` is
@@ -101,8 +102,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-# Threads that wait for work spin, which stops the others on a busy machine: beside one more process
-# an iteration took 518 ms instead of 26. With this it takes 67, and 29 on an idle machine.
+# Threads that wait for work spin, which stops the others on a busy machine. With this they spin
+# less: an iteration beside one more process takes 67 ms instead of 518, one alone 29 instead of 26.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
@@ -128,7 +129,7 @@ class Range(NamedTuple):
     """From `low` to `high`, both included, unless low_is_allowed is False."""
 
     low: float
-    high: float = 1e9  # far above all that makes sense, and a product of a few is no infinity
+    high: float = 1e9  # above all that makes sense; a product of a few stays finite
     low_is_allowed: bool = True
 
 
@@ -150,7 +151,7 @@ Number = Annotated[float, Range(-1e9), tyro.conf.arg(metavar="FLOAT")]
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
-    env_id: str = "hopper-medium-replay-v2"  # task in PAPER, D4RL or gymnasium
+    env_id: str = "hopper-medium-replay-v2"  # task in PAPER, or any with a simulator
     dataset_path: str | None = None  # HDF5 file (default: the task's in D4RL's folder)
     seed: Seed = 0  # seed of all random draws (the paper reports six)
     total_iterations: Count = 1_000_000  # iterations of the main loop (task)
@@ -213,7 +214,7 @@ class Args:
 # the values that unifloral sweeps. Only total_iterations is MOPO's code's. The main text names no
 # version of the datasets, so -v0 and -v2 have the same values. OfflineRL-Kit's values for -v2 are
 # no substitute: its weight is twice our beta (its Bellman error has no 1/2), and it was tuned with
-# a log-sum-exp over 3 actions instead of 30.
+# a log-sum-exp over 3 actions at a time: a reshape without effect there keeps its 30 apart.
 PAPER_FLAGS = (
     "beta", "horizon", "real_fraction", "critic_lr", "actor_lr", "rho_states", "rollout_actions",
     "total_iterations",
@@ -391,8 +392,8 @@ class ModelEnsemble(nn.Module):
         """Keep mean and standard deviation of inputs [rows, S + A]."""
         std, mean = torch.std_mean(inputs.double(), 0, correction=0)
         self.input_mean.copy_(mean)
-        # MOPO's code: a deviation below 1e-12 counts as 1. Here: the model does not see an input
-        # that deviates by less than 0.001, since it would be huge once it changed.
+        # MOPO's code: a deviation below 1e-12 counts as 1. Here: an input that deviates by less
+        # than 0.001 would be huge once it changed. It is divided by 1e12, so that the model sees 0.
         self.input_std.copy_(input_scale(std))
 
     def standardise(self, inputs: Tensor) -> Tensor:
@@ -443,10 +444,12 @@ class ModelEnsemble(nn.Module):
 
 # ===== 3. Equations ===============================================================================
 def largest_std(std: Tensor) -> Tensor:
-    """MOPO's uncertainty max_i |sigma_i(s, a)|, for `probe` alone: std [M, B, 1 + S] -> [B]
+    """The largest norm of a member's deviations, for `probe` alone: std [M, B, 1 + S] -> [B]
 
-    The norm has the reward's deviation in it, and the maximum is not over the elites alone.
+    It is MOPO's uncertainty. The norm has the reward's deviation in it, and the maximum is not over
+    the elites alone.
     """
+    # Paper: the norm of the variances. Here: that of their roots, as in MOPO's code.
     return std.norm(dim=-1).amax(0)
 
 
@@ -469,7 +472,8 @@ def expectation(q: Tensor) -> Tensor:
 def bellman_target(batch: Batch, q_next: Tensor, gamma: float) -> Tensor:
     """r + gamma min_j Q'_j(s', a') -> [B]; after a terminal state r alone. q_next [2, B]
 
-    The operator B^pi of the paper's section 2 is this, without SAC's entropy; the minimum is SAC's.
+    Neither this nor the operator B^pi of the paper's section 2 has SAC's entropy term. The minimum
+    is SAC's.
     """
     return batch.reward + gamma * (1 - batch.terminated) * q_next.amin(0)
 
@@ -648,8 +652,8 @@ class COMBO(nn.Module):
 
         # The policy raises Q and its entropy. Its loss passes through the critics; `inputs` keeps
         # the gradient to the policy.
-        # Paper: at states of rho, which include the data's; an entropy term is optional. Here: at
-        # all states of the batch, whatever rho_states says, and with SAC's entropy.
+        # Paper: at states of rho in Eq. (3), of d_f in Algorithm 1; an entropy term is optional.
+        # Here: at those of d_f, the whole batch, and with SAC's entropy.
         action, log_prob = self.actor.sample(batch.obs)  # [B, A], [B]
         actor_loss = policy_loss(self.critic(batch.obs, action), log_prob, alpha)  # Eq. (3)
         self.actor_optimizer.zero_grad()
@@ -698,8 +702,9 @@ class COMBO(nn.Module):
 
     def rows_of_rho(self, batch: Batch) -> Batch:
         """The rows of a batch whose states are rho's: all of them, or those of D_model alone."""
-        # Paper: states of rollouts, for stability with those of the data. Recalled: on hopper those
-        # of rollouts alone.
+        # Paper: states of rollouts of pi, to which the data's are added for stability. Recalled: on
+        # hopper none of the data's. Here: the rollouts are those of mu, the only ones in D_model,
+        # so with --rollout-actions uniform they are not pi's.
         if self.args.rho_states == "mixed":
             return batch
         num_real = real_rows(self.args)
@@ -839,16 +844,13 @@ class COMBO(nn.Module):
         # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         shape = (model.members, len(train_rows))
         bootstrap = train_rows[torch.randint(len(train_rows), shape, device=self.device)]
-        # The rows in the order of the epoch, and how far in it the fit is. Both are written in
-        # place, since `capture` records where a step reads.
-        order = bootstrap.clone()
-        position = torch.zeros((), dtype=torch.long, device=self.device)
+        order = bootstrap.clone()  # the rows in the epoch's order, written in place for `capture`
+        position = torch.zeros((), dtype=torch.long, device=self.device)  # in that order, likewise
         step = capture(functools.partial(self.model_step, inputs, targets, order, position), args)
-        # Not inf: the first improvement, (inf - error) / inf, would be NaN.
-        best_error = torch.full((model.members,), 1e32, device=self.device)
+        best_error = torch.full((model.members,), 1e32, device=self.device)  # inf / inf is NaN
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit, patience {args.model_patience} epochs"
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, unless resumed in a fit
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, or where a fit stopped
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:
@@ -992,7 +994,7 @@ def train(args: Args, method: type = COMBO, arrays: dict[str, np.ndarray] | None
         save_now = last or run.iteration % args.checkpoint_every == 0
         if run.iteration % args.log_every == 0 or save_now:
             start_logs = combo.start_values()
-            # It stops at NaN, before a file could hold it.
+            # It stops the run at NaN, so that no checkpoint holds one.
             run.log("training", logs | rollout_logs | start_logs)
         if run.iteration % args.eval_every == 0 or last:
             run.add_to_curve()
@@ -1053,8 +1055,8 @@ def check_comparable(folder: str, result: dict, first_folder: str, first: dict) 
 def probe(args: Args, method: type = COMBO) -> dict:
     """Like Figure 2: what the model says of its error, and its true error, on held-out rows.
 
-    The first is the largest standard deviation that a member predicts. The second (ours) is how far
-    the mean of the elites is from (reward, next state - state), in the data's units.
+    The first is `largest_std`. The second (ours) is how far the mean of the elites is from (reward,
+    next state - state). Both are in the data's units, where the paper scales its axes to [0, 1].
     Writes uncertainty.json, which is returned, and uncertainty.png to the run's folder.
     """
     folder = Path(args.probe_uncertainty)
@@ -1133,7 +1135,7 @@ def main(settings: type = Args, method: type = COMBO) -> None:
         probe(args, method)
     elif args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        scores = evaluate(policy, args, args.final_episodes, k=0)
+        scores = evaluate(policy, args, args.final_episodes, k=0)  # the final one
         report(policy, args, scores, Path(args.evaluate))
     else:
         with enough_memory():
@@ -1471,7 +1473,10 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     if len(reward) == 0:
         sys.exit(f"{path}: no row has a known s': store next_observations")
     if reward.min() == reward.max():
-        sys.exit(f"{path}: all rewards whose s' is stored are equal: there is nothing to learn")
+        sys.exit(
+            f"{path}: all rewards whose s' is stored are equal, so there is nothing to learn; if "
+            "rewards come with terminals alone, store next_observations, too"
+        )
     return data | {"source": source}
 
 

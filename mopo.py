@@ -5,7 +5,7 @@
 #   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
-# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# [tool.uv]  # d4rl is only a table of URLs here: what it asks for is never installed
 # override-dependencies = [
 #   "click; python_version < '0'", "dm-control; python_version < '0'",
 #   "gym; python_version < '0'", "mjrl; python_version < '0'",
@@ -90,8 +90,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-# Threads that wait for work spin, which stops the others on a busy machine: beside one more process
-# an iteration took 518 ms instead of 26. With this it takes 67, and 29 on an idle machine.
+# Threads that wait for work spin, which stops the others on a busy machine. With this they spin
+# less: an iteration beside one more process takes 67 ms instead of 518, one alone 29 instead of 26.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
@@ -117,7 +117,7 @@ class Range(NamedTuple):
     """From `low` to `high`, both included, unless low_is_allowed is False."""
 
     low: float
-    high: float = 1e9  # far above all that makes sense, and a product of a few is no infinity
+    high: float = 1e9  # above all that makes sense; a product of a few stays finite
     low_is_allowed: bool = True
 
 
@@ -138,7 +138,7 @@ Number = Annotated[float, Range(-1e9), tyro.conf.arg(metavar="FLOAT")]
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
-    env_id: str = "hopper-medium-replay-v2"  # task in PAPER, D4RL or gymnasium
+    env_id: str = "hopper-medium-replay-v2"  # task in PAPER, or any with a simulator
     dataset_path: str | None = None  # HDF5 file (default: the task's in D4RL's folder)
     seed: Seed = 0  # seed of all random draws (the paper reports six)
     total_iterations: Count = 1_000_000  # iterations of the main loop (task)
@@ -368,8 +368,8 @@ class ModelEnsemble(nn.Module):
         """Keep mean and standard deviation of inputs [rows, S + A]."""
         std, mean = torch.std_mean(inputs.double(), 0, correction=0)
         self.input_mean.copy_(mean)
-        # Code: a deviation below 1e-12 counts as 1. Here: the model does not see an input that
-        # deviates by less than 0.001, since it would be huge once it changed.
+        # Code: a deviation below 1e-12 counts as 1. Here: an input that deviates by less than 0.001
+        # would be huge once it changed. It is divided by 1e12, so that the model sees 0.
         self.input_std.copy_(input_scale(std))
 
     def standardise(self, inputs: Tensor) -> Tensor:
@@ -742,16 +742,13 @@ class MOPO(nn.Module):
         # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         shape = (model.members, len(train_rows))
         bootstrap = train_rows[torch.randint(len(train_rows), shape, device=self.device)]
-        # The rows in the order of the epoch, and how far in it the fit is. Both are written in
-        # place, since `capture` records where a step reads.
-        order = bootstrap.clone()
-        position = torch.zeros((), dtype=torch.long, device=self.device)
+        order = bootstrap.clone()  # the rows in the epoch's order, written in place for `capture`
+        position = torch.zeros((), dtype=torch.long, device=self.device)  # in that order, likewise
         step = capture(functools.partial(self.model_step, inputs, targets, order, position), args)
-        # Not inf: the first improvement, (inf - error) / inf, would be NaN.
-        best_error = torch.full((model.members,), 1e32, device=self.device)
+        best_error = torch.full((model.members,), 1e32, device=self.device)  # inf / inf is NaN
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit, patience {args.model_patience} epochs"
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, unless resumed in a fit
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, or where a fit stopped
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:
@@ -886,7 +883,7 @@ def train(args: Args, method: type = MOPO, arrays: dict[str, np.ndarray] | None 
         last = run.iteration == args.total_iterations
         save_now = last or run.iteration % args.checkpoint_every == 0
         if run.iteration % args.log_every == 0 or save_now:
-            run.log("training", logs | rollout_logs)  # stops at NaN, before a file could hold it
+            run.log("training", logs | rollout_logs)  # stops at NaN, so no checkpoint holds it
         if run.iteration % args.eval_every == 0 or last:
             run.add_to_curve()
         if save_now:
@@ -899,7 +896,7 @@ def main(settings: type = Args, method: type = MOPO) -> None:
     args = parse_args(settings)
     if args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        scores = evaluate(policy, args, args.final_episodes, k=0)
+        scores = evaluate(policy, args, args.final_episodes, k=0)  # the final one
         report(policy, args, scores, Path(args.evaluate))
     else:
         with enough_memory():
@@ -1237,7 +1234,10 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     if len(reward) == 0:
         sys.exit(f"{path}: no row has a known s': store next_observations")
     if reward.min() == reward.max():
-        sys.exit(f"{path}: all rewards whose s' is stored are equal: there is nothing to learn")
+        sys.exit(
+            f"{path}: all rewards whose s' is stored are equal, so there is nothing to learn; if "
+            "rewards come with terminals alone, store next_observations, too"
+        )
     return data | {"source": source}
 
 

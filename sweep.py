@@ -6,7 +6,7 @@
 #   "scipy==1.17.1", "seaborn==0.13.2", "submitit==1.5.4", "tabulate==0.10.0",
 #   "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
-# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# [tool.uv]  # d4rl is only a table of URLs here: what it asks for is never installed
 # override-dependencies = [
 #   "click; python_version < '0'", "dm-control; python_version < '0'",
 #   "gym; python_version < '0'", "mjrl; python_version < '0'",
