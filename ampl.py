@@ -547,9 +547,9 @@ def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
 
 def generator_loss(fake_logit: Tensor, keep: Tensor) -> Tensor:
     """-log D, on average over the fake pairs: logits and keep [2B]."""
-    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, as binary_cross_entropy of D,
-    # whose guard against a division by zero makes the gradient 0 at logits below about -28. Here:
-    # the same loss as softplus(-logit), whose gradient stays.
+    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, as binary_cross_entropy of D.
+    # torch divides there by max(D (1 - D), 1e-12), so that the gradient fades at logits below about
+    # -28. Here: the same loss as softplus(-logit), whose gradient stays.
     return masked_mean(F.softplus(-fake_logit), keep)  # Eq. (15)
 
 
@@ -628,7 +628,7 @@ def constrain_mean(
     far above the bound, the mean need not fall faster than along -mean_grad itself. (Adam changes
     the step, so that this is no guarantee.)
     """
-    # Paper: no bound. Code: this one.
+    # Paper: no bound. Code: this one, on each weight tensor by itself.
     norm_squared = mean_grad.square().sum()
     wanted = torch.minimum(mean_omega - bound, norm_squared)
     multiple = (wanted - (loss_grad * mean_grad).sum()) / (norm_squared + 1e-8)
@@ -827,7 +827,7 @@ class AMPL(nn.Module):
 
         # In a policy step both losses share one graph. `inputs` gives each gradient only to the
         # networks of its own optimizer, and retain_graph keeps the graph for the second backward
-        # pass. The policy may step in between: the discriminator's pass does not use its weights.
+        # pass. The policy may step in between: the second pass does not go through its weights.
         # Paper: discriminator, then policy. Code: policy first, on losses from before both steps.
         if step_actor:
             self.actor_optimizer.zero_grad()
@@ -1203,7 +1203,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
     rollout_logs = {}
     while run.iteration < args.total_iterations:
         i = run.iteration
-        # Paper: "every 100 epochs". Code: not at i = 0, where the model was just fitted unweighted.
+        # Paper: "every 100 epochs", of 1000 iterations. Code: not at i = 0, right after the first fit.
         if i > 0 and i % args.model_retrain_every == 0:
             run.save_checkpoint()  # what follows takes long
             k = i // args.model_retrain_every

@@ -24,10 +24,10 @@ policy leaves the data. Its critic Q minimises, Eq. (2):
     beta (E_rho[Q(s, a)] - E_D[Q(s, a)]) + 1/2 E_df[(Q(s, a) - r - gamma Q'(s', a'))^2]
 
 The second term is the Bellman error on d_f, a mixture of data and rollouts. The first term, the
-conservative gap, lowers Q on rho, the policy's actions at states of the rollouts, and raises it on
-the pairs of the data. Where rho and the data agree its two means cancel. With beta large enough the
-learned values of the policy are, on average over first states, no higher than the true ones (Prop.
-4.1). In the loss (`conservative_gap`) E_rho[Q] is, as in CQL, a soft maximum of Q over 3 n actions
+conservative gap, lowers Q on rho, the policy's actions at states of the rollouts (on most tasks also
+of the data, see `rows_of_rho`), and raises it on the pairs of the data. Where rho and the data agree
+its two means cancel. With beta large enough the learned values of the policy are, on average over
+first states, no higher than the true ones (Prop. 4.1). In the loss (`conservative_gap`) E_rho[Q] is, as in CQL, a soft maximum of Q over 3 n actions
 per state: n uniform ones, n of pi(.|s) and n of pi(.|s').
 
 Algorithm 1, made concrete on SAC and on MOPO's model:
@@ -214,7 +214,8 @@ class Args:
 # the values that unifloral sweeps. Only total_iterations is MOPO's code's. The main text names no
 # version of the datasets, so -v0 and -v2 have the same values. OfflineRL-Kit's values for -v2 are
 # no substitute: its weight is twice our beta (its Bellman error has no 1/2), and it was tuned with
-# a log-sum-exp over 3 actions at a time: a reshape without effect there keeps its 30 apart.
+# a log-sum-exp over 3 actions instead of 30: it drops the result of a reshape, so its values of Q
+# stay [B n, 3].
 PAPER_FLAGS = (
     "beta", "horizon", "real_fraction", "critic_lr", "actor_lr", "rho_states", "rollout_actions",
     "total_iterations",
@@ -258,8 +259,11 @@ Progress = Callable[[str, int, int | None, Scalars], None]
 
 
 class Batch(NamedTuple):
-    """Transitions. Rows cut off by a time limit were dropped on loading, so `terminated` always
-    means a real end."""
+    """Transitions.
+
+    In the data `terminated` means a real end, since rows that a time limit cut off were dropped on
+    loading. In the model it also means a step outside the data: see `end_outside_data`.
+    """
 
     obs: Tensor  # [B, S]
     action: Tensor  # [B, A]

@@ -240,8 +240,11 @@ Progress = Callable[[str, int, int | None, Scalars], None]
 
 
 class Batch(NamedTuple):
-    """Transitions. Rows cut off by a time limit were dropped on loading, so `terminated` always
-    means a real end."""
+    """Transitions.
+
+    In the data `terminated` means a real end, since rows that a time limit cut off were dropped on
+    loading. In the model it also means a step outside the data: see `end_outside_data`.
+    """
 
     obs: Tensor  # [B, S]
     action: Tensor  # [B, A]
