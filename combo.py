@@ -24,11 +24,12 @@ policy leaves the data. Its critic Q minimises, Eq. (2):
     beta (E_rho[Q(s, a)] - E_D[Q(s, a)]) + 1/2 E_df[(Q(s, a) - r - gamma Q'(s', a'))^2]
 
 The second term is the Bellman error on d_f, a mixture of data and rollouts. The first term, the
-conservative gap, lowers Q on rho, the policy's actions at states of the rollouts (on most tasks also
-of the data, see `rows_of_rho`), and raises it on the pairs of the data. Where rho and the data agree
-its two means cancel. With beta large enough the learned values of the policy are, on average over
-first states, no higher than the true ones (Prop. 4.1). In the loss (`conservative_gap`) E_rho[Q] is, as in CQL, a soft maximum of Q over 3 n actions
-per state: n uniform ones, n of pi(.|s) and n of pi(.|s').
+conservative gap, lowers Q on rho, the policy's actions at states of the rollouts (on most tasks
+also of the data, see `rows_of_rho`), and raises it on the pairs of the data. Where rho and the data
+agree its two means cancel. With beta large enough the learned values of the policy are, on average
+over first states, no higher than the true ones (Prop. 4.1). In the loss (`conservative_gap`)
+E_rho[Q] is, as in CQL, a soft maximum of Q over 3 n actions per state: n uniform ones, n of pi(.|s)
+and n of pi(.|s').
 
 Algorithm 1, made concrete on SAC and on MOPO's model:
 
