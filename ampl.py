@@ -1203,7 +1203,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
     rollout_logs = {}
     while run.iteration < args.total_iterations:
         i = run.iteration
-        # Paper: "every 100 epochs", of 1000 iterations. Code: not at i = 0, just after the first fit.
+        # Paper: "every 100 epochs" (of 1000 iterations). Code: not at i = 0, after the first fit.
         if i > 0 and i % args.model_retrain_every == 0:
             run.save_checkpoint()  # what follows takes long
             k = i // args.model_retrain_every
