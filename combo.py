@@ -1225,9 +1225,9 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     The command line is read twice. A first look finds the task, or the saved run; the defaults
     of the second look are the settings of that task or run, so that --help shows them.
     """
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # the shell closed it, as with 2>&-
-            setattr(sys, name, open(os.devnull, "w"))
+    if sys.stderr is None:  # some of the libraries cannot do without, nor could a mistake be said
+        print("standard error is closed: send it somewhere, as with 2>/dev/null")
+        sys.exit(1)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that it cannot print
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.excepthook = functools.partial(say_how_to_go_on, None)
@@ -1321,15 +1321,16 @@ def check_ranges(args: Args) -> None:
         value = getattr(args, name)
         check_value(flag, value, kind)
         try:
-            comes_back = from_json(json.dumps(value)) == value
+            text = json.dumps(value, ensure_ascii=False).encode()
+            comes_back = from_json(text) == value
         except (TypeError, ValueError):
             comes_back = False
         if not comes_back:
-            allowed = "a number, a text, True, False, None or a tuple of these"
-            sys.exit(f"{flag} is {value!r}, which args.json cannot hold: make it {allowed}")
+            allowed = "a number, a text in UTF-8, True, False, None or a tuple of these"
+            sys.exit(f"{flag} is {value!r}, which args.json cannot hold: it holds {allowed}")
 
 
-def from_json(text: str):
+def from_json(text: str | bytes):
     """What a JSON text holds, with tuples for its lists."""
     return as_tuples(json.loads(text))
 
@@ -1461,7 +1462,7 @@ def say_how_to_go_on(run: Path | None, kind: type, error: BaseException, trace) 
 def can_print() -> bool:
     """Whether standard output takes more. If not, it leads nowhere from now on."""
     try:
-        print(end="", flush=True)
+        print(flush=True)  # an empty line
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
@@ -3046,8 +3047,8 @@ class Run:
             self.lock = lock_folder(self.folder)
         sys.excepthook = functools.partial(say_how_to_go_on, self.folder)
         self.first_iteration = self.iteration
-        self.save_origin()  # before the cut: who is killed in between has args.json of a longer run
-        if args.resume:
+        self.save_origin()
+        if args.resume:  # after args.json: a run killed before it is still to be extended, if it is
             self.cut_events()
         if args.track:
             self.start_wandb()
