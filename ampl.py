@@ -92,7 +92,7 @@ number of members: 7 in `model`, 5 in `elites`.
 A note `# Paper: ... Code: ...` marks where the paper's main text and the authors' code differ, or
 where the paper says nothing. This file follows the code, unless the note ends with `Here: ...`.
 What follows `main` is plumbing and may be skipped. The method mainly calls `capture` (on a GPU it
-records a step as a CUDA graph; on a CPU it returns the step), `reseed` (random numbers of its own
+records a step as a CUDA graph; on a CPU it calls the step), `reseed` (random numbers of its own
 for each phase), `known_termination` (a task's rule of ending), `parameters_of` (an optimizer) and
 `go_on` (where a long loop begins: at its start, but for a resumed run).
 """
@@ -119,6 +119,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 import warnings
@@ -494,9 +495,10 @@ class ModelEnsemble(nn.Module):
     def draw(self, obs: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
         """A sample of the standardised Gaussian [B, 1 + S] as reward [B] and next_obs [B, S]."""
         y = mean + log_std.exp() * torch.randn_like(mean)
-        # Code: NaN becomes 0. Here: also a clamp, so that predictions far outside the data, which
-        # end a rollout, do not overflow the other networks.
-        y = (y * self.target_std + self.target_mean).nan_to_num(nan=0.0).clamp(-1e6, 1e6)
+        # Code: NaN becomes 0. Here: also a clamp, at a million deviations, so that predictions far
+        # outside the data, which end a rollout, do not overflow the other networks.
+        y = y.clamp(-1e6, 1e6) * self.target_std + self.target_mean
+        y = y.nan_to_num(nan=0.0)
         return y[:, 0], obs + y[:, 1:]
 
 
@@ -1556,6 +1558,7 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
         raw, unused, sha256 = take_arrays(path, arrays)
     end_keys = check_arrays(path, raw, env)
     check_episodes(path, raw)
+    note_contradictions(raw, env.get_wrapper_attr("_max_episode_steps"))
     origin = "arrays" if arrays is not None else origin_of(path, sha256)
     print(f"data from {origin}")
     source = {
@@ -1647,8 +1650,11 @@ def d4rl_entry(table: str, env_id: str) -> str | float | None:
     return entries.get(env_id)
 
 
-def find_dataset(args: Args) -> Path:
-    """--dataset-path, else the task's file in D4RL's or Minari's folder, else a download."""
+def find_dataset(args: Args, may_fetch: bool = True) -> Path:
+    """--dataset-path, else the task's file in D4RL's or Minari's folder, else a download.
+
+    Without `may_fetch` the last is only the place where it would be.
+    """
     if args.dataset_path:
         return expanded(args.dataset_path)
     env_id = args.env_id
@@ -1663,7 +1669,7 @@ def find_dataset(args: Args) -> Path:
     if family_of(env_id) in ADROIT and minari_path(env_id).exists():
         print(f"there is no {path}, but Minari's file; delete that to look for D4RL's again")
         return minari_path(env_id)
-    return download(env_id, url)
+    return download(env_id, url) if may_fetch else path
 
 
 def d4rl_path(env_id: str, url: str | None) -> Path:
@@ -1706,7 +1712,6 @@ def download(env_id: str, url: str) -> Path:
     """The file of the first source that has it. Raises SystemExit with what helps instead."""
     path = d4rl_path(env_id, url)
     why = f"there is no {path}"
-    failures = []
     for source in sources_of(env_id, url):
         print(f"{why}; next: {source.name}, {source.url}", flush=True)
         try:
@@ -1715,10 +1720,10 @@ def download(env_id: str, url: str) -> Path:
         except Exception as error:  # the network, the disk and HDF5 raise errors of their own
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             why = f"that failed ({reason})"
-            failures.append(f"{source.name}: {reason}")
 
-    lines = [f"no data for {env_id} ({'; '.join(failures)}). By hand (or name a --dataset-path):"]
-    lines.append(f"curl -fL -C - --create-dirs -o {shlex.quote(str(path))} {url}")
+    lines = [f"no data for {env_id} (that failed, too: {reason}). By hand, then start again:"]
+    encrypted = url.replace("http://", "https://", 1)
+    lines.append(f"curl -fL -C - --create-dirs -o {shlex.quote(str(path))} {encrypted}")
     if family_of(env_id) in ADROIT:
         minari_id = f"D4RL/{minari_name(env_id)}"
         lines.append(f'pip install "minari[hdf5,hf]" && minari download {minari_id}')
@@ -2000,13 +2005,19 @@ def reading(path: Path):
 
 def take_arrays(path: Path, arrays: dict) -> tuple[dict[str, np.ndarray], list[str], str]:
     """The same as `read_hdf5` of arrays in memory."""
+    if not isinstance(arrays, dict) or not all(isinstance(key, str) for key in arrays):
+        sys.exit(f"{path} must be a dict with D4RL's keys: observations, actions, rewards, ...")
     used, unused = sort_keys(path, arrays)
     raw = {}
     digest = hashlib.sha256()
     for key in used:
         if np.ma.is_masked(arrays[key]):
             sys.exit(f"{path}: {key} has masked entries: leave out their episodes")
-        raw[key] = np.asarray(arrays[key])
+        try:
+            raw[key] = np.asarray(arrays[key])
+        except (TypeError, ValueError, RuntimeError) as error:  # ragged lists, tensors on a GPU
+            reason = " ".join(str(error).split())
+            sys.exit(f"{path}: {key} make no NumPy array, convert them yourself ({reason})")
         digest.update(f"{key} {raw[key].dtype} {raw[key].shape}".encode())
         digest.update(raw[key].tobytes())
     return raw, unused, digest.hexdigest()
@@ -2045,6 +2056,8 @@ def read_array(path: Path, group: h5py.Group, key: str) -> np.ndarray:
     if dataset.is_virtual or dataset.external:
         sys.exit(f"{name} lies in other files, which are not read: store it in the file itself")
     check_filters(name, dataset)
+    if dataset.shape == ():
+        sys.exit(f"{name} is a single value and not an array with a row per step")
     if not is_whole(dataset):
         sys.exit(f"{name} has the shape {dataset.shape}, but the file does not hold so much")
     return dataset[()]
@@ -2077,6 +2090,8 @@ def is_whole(dataset: h5py.Dataset) -> bool:
     chunks = [math.ceil(rows / step) for rows, step in zip(dataset.shape, dataset.chunks)]
     if dataset.id.get_num_chunks() < math.prod(chunks):
         return False
+    if dataset.id.get_create_plist().get_nfilters() == 0:  # a chunk is written whole, or was cut
+        return stored >= math.prod(chunks) * math.prod(dataset.chunks) * dataset.dtype.itemsize
     return size <= 2**26 + MOST_PACKED * stored  # 2**26: small arrays of zeros pack even better
 
 
@@ -2154,10 +2169,12 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
             sys.exit(f"{path}: {key} are {raw[key].shape} and not {shape}: of another task?")
         if raw[key].dtype.kind not in "biuf":
             sys.exit(f"{path}: {key} are of type {raw[key].dtype} and not numbers")
-        raw[key] = raw[key].astype(np.float32)
+        exact = raw[key]
+        raw[key] = exact.astype(np.float32)
         if not np.isfinite(raw[key]).all():
             row = np.argwhere(~np.isfinite(raw[key]))[0][0]
             sys.exit(f"{path}: {key} holds NaN or infinity, first in row {row}")
+        note_rounding(key, exact, raw[key])
     raw["actions"] = unit_actions(path, raw["actions"], action_space)
 
     end_keys = [key for key in END_KINDS if key in raw]
@@ -2171,9 +2188,26 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
     return end_keys
 
 
+def note_rounding(key: str, exact: np.ndarray, rounded: np.ndarray) -> None:
+    """Say where float32 rounds off more than a thousandth of an entry's range."""
+    if exact.dtype == rounded.dtype:
+        return
+    exact = exact.reshape(len(exact), -1).astype(np.float64)
+    error = np.abs(rounded.reshape(exact.shape) - exact).max(0)
+    spread = exact.max(0) - exact.min(0)
+    lost = np.flatnonzero((error > 1e-3 * spread) & (spread > STILL)).tolist()
+    if lost:
+        some = ", ".join(map(str, lost[:10]))
+        print(
+            f"note: entries of {key} ({some}) are so far from 0 that float32 rounds off more than "
+            "0.1% of their range: subtract a constant from each before storing them"
+        )
+
+
 def unit_actions(path: Path, action: np.ndarray, box: gymnasium.spaces.Box) -> np.ndarray:
     """Actions [rows, A] of the given bounds, scaled to [-1, 1]. A rounding error is cut off."""
-    outside = ((action < box.low - 1e-3) | (action > box.high + 1e-3)).any(1)
+    room = 5e-4 * (box.high - box.low)  # 0.001 where the bounds are -1 and 1
+    outside = ((action < box.low - room) | (action > box.high + room)).any(1)
     if outside.any():
         sys.exit(f"{path}: the action in row {outside.argmax()} leaves the action space")
     high = max(box.high.max(), -box.low.min())
@@ -2242,11 +2276,40 @@ def at_limit(ended: np.ndarray, limit: int) -> np.ndarray:
 
 
 def check_episodes(path: Path, raw: dict[str, np.ndarray]) -> None:
-    """Refuse a dataset without episodes that end, or with hardly a transition."""
+    """Refuse a dataset without episodes that end, with hardly a transition, or without its end.
+
+    What was never written of an array reads as zeros.
+    """
     ended = raw["terminals"] | raw["timeouts"]
+    last = [ended[-2:], raw["rewards"][-2:], raw["observations"][-2:], raw["actions"][-2:]]
+    if not any(part.any() for part in last):
+        sys.exit(f"{path}: the last rows are zeros in all arrays, as if never written: cut them")
     usable = ~raw["timeouts"]
     if ended.sum() < 2 or usable.sum() < 4:
         sys.exit(f"{path}: it needs at least two episodes that end, and four rows not at a limit")
+
+
+def note_contradictions(raw: dict[str, np.ndarray], limit: int) -> None:
+    """Say if stored next observations are not the next rows', or if terminals look like limits."""
+    ended = raw["terminals"] | raw["timeouts"]
+    obs = raw["observations"]
+    if "next_observations" in raw:
+        going_on = np.flatnonzero(~ended[:-1])
+        error = np.abs(raw["next_observations"][going_on] - obs[going_on + 1])
+        share = (error > 1e-3 * np.ptp(obs, 0)).any(1).sum() / max(1, len(going_on))
+        if share > 0:
+            print(
+                f"note: {share:.2%} of the rows within episodes have next_observations that are "
+                "not the observations of the row after them: are ends missing, or rows shuffled?"
+            )
+    ends = np.flatnonzero(ended)
+    steps = np.diff(ends, prepend=-1)  # of each episode
+    terminal_steps = steps[raw["terminals"][ends]]
+    if len(terminal_steps) > 0 and (terminal_steps == limit).all():
+        print(
+            f"note: all {len(terminal_steps)} terminals stand at step {limit}, the task's time "
+            "limit: if time is all that ended these episodes, call them timeouts"
+        )
 
 
 def describe(path: Path, raw: dict[str, np.ndarray], env_id: str) -> float:
@@ -2289,6 +2352,7 @@ def note_rule(env_id: str, data: dict[str, Tensor]) -> None:
     """Say if the task's rule of ending is not what ended the data's episodes."""
     if rule_of_ending(env_id) is None:
         return
+    form = "it must give a bool per state, [..., S] -> [...], such as (next_obs > 5).any(-1)"
     known = data["has_next"]
     next_obs = data["next_obs"][known]
     before = next_obs.clone()
@@ -2296,9 +2360,12 @@ def note_rule(env_id: str, data: dict[str, Tensor]) -> None:
         ruled = known_termination(env_id, next_obs)
     except Exception as error:  # whatever a rule of one's own raises
         reason = " ".join(str(error).split())
-        sys.exit(f"the rule of ending of {env_id} does not work on its observations ({reason})")
+        sys.exit(f"the rule of ending of {env_id} does not work on its states ({reason}): {form}")
+    if not isinstance(ruled, Tensor):
+        sys.exit(f"the rule of ending of {env_id} gives {type(ruled).__name__}: {form}")
     if ruled.dtype != torch.bool or ruled.shape != next_obs.shape[:1]:
-        sys.exit(f"the rule of ending of {env_id} must give a bool per state, [..., S] -> [...]")
+        given = f"{ruled.dtype} {list(ruled.shape)} for states {list(next_obs.shape)}"
+        sys.exit(f"the rule of ending of {env_id} gives {given}: {form}")
     if not torch.equal(next_obs, before):
         sys.exit(f"the rule of ending of {env_id} changes the states that it is asked about")
     differ = (ruled != data["terminated"][known]).float().mean().item()
@@ -2655,11 +2722,8 @@ def make_registered(env_id: str, render_mode: str | None) -> gymnasium.Env:
             env = gymnasium.wrappers.TimeLimit(env, 1000)
     except Exception as error:  # gymnasium's own, ImportError, whatever a constructor raises
         reason = " ".join(str(error).split())
-        d4rl_ids = d4rl_tables()["DATASET_URLS"]
-        near = difflib.get_close_matches(env_id, {*d4rl_ids, *gymnasium.registry} - {env_id})
-        guess = " or ".join(near) or "another"
-        hint = "" if d4rl_ids else f" ({NO_D4RL})"
-        sys.exit(f"cannot make {env_id} ({reason}): did you mean {guess}?{hint}")
+        hint = "" if d4rl_tables()["DATASET_URLS"] else f" ({NO_D4RL})"
+        sys.exit(f"cannot make {env_id} ({reason}): {advice_on_id(env_id)}{hint}")
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"--env-id {env_id}: only flat observations and flat, continuous actions work")
@@ -2675,6 +2739,23 @@ def make_registered(env_id: str, render_mode: str | None) -> gymnasium.Env:
     return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
 
+def advice_on_id(env_id: str) -> str:
+    """Which ids one may have meant: those that are much alike and that can be made here."""
+    d4rl_ids = []
+    for name in d4rl_tables()["DATASET_URLS"]:
+        if family_of(name) in (*SIMULATORS, "maze2d"):
+            d4rl_ids.append(name)
+    works = []
+    for name in difflib.get_close_matches(env_id, {*d4rl_ids, *gymnasium.registry}, cutoff=0.75):
+        with contextlib.suppress(Exception):  # an old version, a package that is missing
+            box = gymnasium.spaces.Box
+            if name in d4rl_ids or isinstance(gymnasium.make(name).action_space, box):
+                works.append(name)
+    if works:
+        return f"did you mean {' or '.join(works)}?"
+    return "is it registered? (--env-id module:id imports the module that registers it)"
+
+
 def try_env(env_id: str) -> gymnasium.Env:
     """The environment after one step, so that its mistakes show now and not after an hour's fit.
 
@@ -2683,21 +2764,31 @@ def try_env(env_id: str) -> gymnasium.Env:
     """
     env = make_env(env_id)
     shape = env.observation_space.shape
-    try:
+    dtype = env.observation_space.dtype
+    with working(env_id):
         obs, _ = env.reset(seed=2**32 - 1)
         middle = np.zeros(env.action_space.shape, np.float32)
         next_obs, reward, terminated, truncated, _ = env.step(middle)
         for state in (obs, next_obs):
             if np.shape(state) != shape or not np.isfinite(state).all():
                 raise ValueError(f"an observation is {state} and not {shape} finite numbers")
+            if not np.can_cast(np.asarray(state).dtype, dtype, "same_kind"):
+                raise ValueError(f"observations are not of their space's type, {dtype}")
         if np.shape(reward) != () or not math.isfinite(reward):
             raise ValueError(f"the reward is {reward!r} and not a finite number")
         if np.shape(terminated) != () or np.shape(truncated) != ():
             raise ValueError("terminated and truncated are arrays and not True or False")
-    except Exception as error:  # whatever an environment raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        sys.exit(f"--env-id {env_id}: a reset and a step do not work, mend them first ({reason})")
     return env
+
+
+@contextlib.contextmanager
+def working(env_id: str):
+    """`with working(env_id):` where whatever an environment raises ends in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        sys.exit(f"--env-id {env_id}: a reset or a step does not work, mend it first ({reason})")
 
 
 class D4RLSemantics(gymnasium.Wrapper):
@@ -2800,18 +2891,62 @@ def capture(step: Callable[..., dict], args: Args) -> Callable[..., dict]:
     """`step` as a CUDA graph, which does the same in less time; on a CPU it is `step` itself.
 
     A graph holds no `if`, so each combination of the arguments of `step`, which are bool, gets one
-    of its own.
+    of its own. The first call of each is checked for shapes that do not fit: see SameShapes.
     """
-    if not (args.cuda and args.cuda_graphs and torch.cuda.is_available()):
-        return step
-    recorded = {}
+    graphs = args.cuda and args.cuda_graphs and torch.cuda.is_available()
+    known = {}
 
     def call(*flags: bool) -> dict:
-        if flags not in recorded:
-            recorded[flags] = RecordedStep(functools.partial(step, *flags))
-        return recorded[flags]()
+        if flags in known:
+            return known[flags]()
+        own_step = functools.partial(step, *flags)
+        known[flags] = RecordedStep(own_step) if graphs else own_step
+        with SameShapes():
+            return known[flags]()
 
     return call
+
+
+class SameShapes(torch.overrides.TorchFunctionMode):
+    """`with SameShapes():` where shapes end the run that torch would stretch without a word.
+
+    A network of one's own that gives [B, 1] in place of [B] is the usual case: combined with a [B]
+    it becomes [B, B], all pairs, whose mean trains something else. So do losses of torch whose two
+    arguments differ. Raises SystemExit with the line of code.
+    """
+
+    PAIRED = (F.mse_loss, F.huber_loss, F.l1_loss, F.smooth_l1_loss)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        shapes = []
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                shapes.append(tuple(value.shape))
+        if function in self.PAIRED and shapes[0] != shapes[1]:
+            self.refuse(shapes[0], shapes[1])
+        result = function(*args, **kwargs)
+        if function is F.linear:  # whose weights may be [B, 1] and its biases [B]
+            return result
+        for shape in shapes:
+            column = (*shape, 1)
+            all_pairs = shape + shape
+            if len(shape) == 1 and column in shapes and column != all_pairs:
+                if getattr(result, "shape", None) == all_pairs:
+                    self.refuse(column, shape)
+        return result
+
+    def refuse(self, one: tuple[int, ...], other: tuple[int, ...]) -> None:
+        """Name the line where two shapes meet, which is not torch's own."""
+        torch_folder = str(Path(torch.__file__).parent)
+        for place in traceback.extract_stack()[:-2]:
+            if not place.filename.startswith(torch_folder):
+                last = place
+        sys.exit(
+            f"{last.filename}, line {last.lineno}, combines shapes {list(one)} and {list(other)}: "
+            "which network or function gives one too many or too few? ([B, 1] needs .squeeze(-1). "
+            "Where all pairs are meant, write the second as [None, :])"
+        )
 
 
 class RecordedStep:
@@ -2894,7 +3029,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
         for first in range(0, episodes, args.eval_episodes):
             numbers = range(first, first + args.eval_episodes)
             env_seeds = [episode_seed(args.seed, k, number) for number in numbers]
-            returns = one_episode_each(method, envs, env_seeds)
+            returns = one_episode_each(method, envs, env_seeds, args.env_id)
             scores.append(scores_of(args.env_id, returns))
     return np.concatenate(scores)[:episodes]
 
@@ -2911,7 +3046,7 @@ def episode_seed(seed: int, k: int, number: int) -> int:
 
 
 def one_episode_each(
-    method: nn.Module, envs: gymnasium.vector.VectorEnv, env_seeds: list[int]
+    method: nn.Module, envs: gymnasium.vector.VectorEnv, env_seeds: list[int], env_id: str
 ) -> np.ndarray:
     """Returns [environments] of one episode in each environment.
 
@@ -2920,9 +3055,12 @@ def one_episode_each(
     """
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, bool)
-    obs, _ = envs.reset(seed=env_seeds)
+    with working(env_id):
+        obs, _ = envs.reset(seed=env_seeds)
     while running.any():
-        obs, reward, terminated, truncated, _ = envs.step(method.act(obs))
+        action = method.act(obs)
+        with working(env_id):
+            obs, reward, terminated, truncated, _ = envs.step(action)
         returns[running] += reward[running]
         running &= ~(terminated | truncated)
     return returns
@@ -2955,7 +3093,9 @@ def record_episode(method: nn.Module, args: Args, path: Path) -> None:
                     sys.exit(f"cannot render ({error}); {advice}")
             if over:
                 break
-            obs, _, terminated, truncated, _ = env.step(method.act(obs[None])[0])
+            action = method.act(obs[None])[0]
+            with working(args.env_id):
+                obs, _, terminated, truncated, _ = env.step(action)
             over = terminated or truncated
             bar.move_to(step, "")
     milliseconds = 1000 * every / steps_per_second

@@ -315,8 +315,11 @@ def make_jobs(args: Run, flags: list[str]) -> list[Job]:
             for cell in cells:
                 words = cell_flags(cell, settings, script)
                 given = judge(settings, module, ["--env-id", env_id, *words, *flags], script)
-                if not args.dry_run and not module.find_dataset(given).exists():  # may download it
+                data = module.find_dataset(given, may_fetch=not args.dry_run)
+                if given.dataset_path and not data.exists():
                     sys.exit(f"there is no dataset {given.dataset_path}: see --dataset-path")
+                if not data.exists():
+                    print(f"note: there is no {data} yet: `run` fetches it", file=sys.stderr)
                 parts = [env_id, script.stem]
                 if cell:
                     parts.append(cell_label(cell, given))
@@ -458,6 +461,9 @@ def run(args: Run, flags: list[str]) -> None:
     if "threads" not in flag_names(flags):
         share_cores(args, waiting, workers)
     if args.dry_run:
+        if args.cluster == "slurm":
+            wishes = [f"{name}={value}" for name, value in slurm_wishes(args, workers).items()]
+            print(f"# an array of {len(waiting)} jobs on SLURM, with {', '.join(wishes)}")
         for job in waiting:
             print(shlex.join(["python", *job.command()]))
         return
@@ -581,6 +587,19 @@ def quiet_submitit(folder: Path) -> None:
 
 
 # ----- on SLURM -----
+def slurm_wishes(args: Run, workers: int) -> dict[str, str | int | None]:
+    """What submitit asks SLURM for, by sbatch's names."""
+    return {
+        "job_name": "sweep",
+        "partition": args.slurm_partition,
+        "time": max(1, round(60 * args.hours)),  # minutes
+        "signal_delay_s": 30,
+        "array_parallelism": workers,
+        "cpus_per_task": args.slurm_cpus,
+        "gpus_per_node": args.gpus or None,
+    }
+
+
 def run_on_slurm(args: Run, waiting: list[Job], workers: int) -> None:
     """Hand the jobs over to SLURM as an array, of which `workers` run at a time.
 
@@ -588,15 +607,7 @@ def run_on_slurm(args: Run, waiting: list[Job], workers: int) -> None:
     """
     try:
         executor = submitit.SlurmExecutor(submitit_folder(args), max_num_timeout=20)
-        executor.update_parameters(
-            job_name="sweep",
-            partition=args.slurm_partition,
-            time=max(1, round(60 * args.hours)),  # minutes
-            signal_delay_s=30,
-            array_parallelism=workers,
-            cpus_per_task=args.slurm_cpus,
-            gpus_per_node=args.gpus or None,
-        )
+        executor.update_parameters(**slurm_wishes(args, workers))
         with executor.batch():
             handles = [executor.submit(job) for job in waiting]
     except Exception as error:  # submitit has several kinds for a missing or unwilling sbatch

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import h5py
 import numpy as np
 import pytest
@@ -208,6 +209,18 @@ def test_actions_of_other_bounds_are_rescaled(tmp_path):
     assert data["action"][:3, 0].tolist() == pytest.approx([-1, -0.8, -0.6])
 
 
+@pytest.mark.parametrize("low, high", [(-1, 1), (0, 0.01), (-500, 500), (2, 1002)])
+def test_how_far_outside_an_action_may_be(low, high):
+    """A twentieth of a percent of the range, however wide it is."""
+    box = gymnasium.spaces.Box(low, high, (1,))
+    width = high - low
+    near = np.array([[low - 0.0004 * width], [high + 0.0004 * width]], np.float32)
+    assert ampl.unit_actions(Path("d"), near, box).tolist() == [[-1], [1]]
+    for far in (low - 0.0006 * width, high + 0.0006 * width):
+        sentence = refusal(ampl.unit_actions, Path("d"), np.array([[far]], np.float32), box)
+        assert "the action in row 0 leaves the action space" in sentence
+
+
 def test_arrays_instead_of_a_file(tmp_path):
     """They give the same transitions, and are not changed."""
     from_file = load(write(tmp_path / "d.hdf5", rows()))
@@ -250,6 +263,60 @@ def test_bundled_sample():
     assert way < 0.0524  # m: 5.226 m/s for 0.01 s
     follows = data["next_row"] >= 0
     assert torch.equal(data["next_obs"][follows], data["obs"][data["next_row"][follows]])
+
+
+# --- what is taken, but said ---
+
+
+def next_rows(wrong=()):
+    """Observation i + 1 for row i, but at some rows another."""
+    stored = rows()["observations"] + 1
+    stored[list(wrong)] += 2
+    return stored
+
+
+LARGE = 1e6 + rows()["observations"].astype(np.float64) / 100
+# Changes of sound arrays, and what is said. Rows 0, 1, 3, 4, 7 and 9 are followed by their s'.
+SAID = {
+    "another s' once": (
+        {"next_observations": next_rows([4])},
+        "note: 16.67% of the rows within episodes have next_observations that are not the obs",
+    ),
+    "other s'": ({"next_observations": next_rows(range(11))}, "note: 100.00% of the rows within"),
+    "all terminals at the limit": (
+        {"size": 650, "terminals": np.isin(np.arange(650), (299, 599)), "timeouts": None},
+        "note: all 2 terminals stand at step 300, the task's time limit",
+    ),
+    "a large offset": (
+        {"observations": LARGE},
+        "note: entries of observations .0, 1, 2, 3. are so far from 0 that float32 rounds off",
+    ),
+    "rewards with an offset": ({"rewards": LARGE[:, 0]}, "note: entries of rewards .0. are so far"),
+}
+NOT_SAID = [
+    {},
+    {"next_observations": next_rows()},
+    {"next_observations": next_rows([2, 5, 6, 8, 10])},  # ends, and the last row
+    {"next_observations": next_rows() + 1e-5},
+    {"size": 650, "terminals": np.isin(np.arange(650), (9, 309)), "timeouts": None},
+    {"observations": LARGE.astype(np.float32)},  # nothing is lost any more
+    {"observations": LARGE - 1e6},
+    {"observations": np.full((11, 4), 0.1)},
+]
+
+
+@pytest.mark.parametrize("changes, line", SAID.values(), ids=SAID.keys())
+def test_what_is_said(changes, line, tmp_path, capsys):
+    """In one line."""
+    load(write(tmp_path / "d.hdf5", rows(**changes)))
+    said = [text for text in capsys.readouterr().out.splitlines() if re.search(line, text)]
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("changes", NOT_SAID)
+def test_what_is_not_said(changes, tmp_path, capsys):
+    load(write(tmp_path / "d.hdf5", rows(**changes)))
+    assert not re.search("within episodes|terminals stand|rounds off", capsys.readouterr().out)
 
 
 # --- Minari ---
@@ -468,6 +535,10 @@ REFUSED = {
         "all rewards .*equal",
     ),
     "time limits only": ({"timeouts": np.ones(11)}, "four rows not at a limit"),
+    "an end that was never written": (
+        {key: np.where(np.arange(11) < 9, value.T, 0).T for key, value in rows().items()},
+        "the last rows are zeros in all arrays, as if never written",
+    ),
 }
 
 
@@ -486,6 +557,36 @@ def test_refused_arrays(changes, message):
     arrays = rows(**changes)
     sentence = refusal(ampl.load_dataset, ampl.Args(env_id=MAZE), arrays)
     assert re.search(message.replace("actions, observations", "observations, actions"), sentence)
+
+
+def on_a_graph(array):
+    return torch.from_numpy(array).requires_grad_()
+
+
+ODD_ARRAYS = [
+    ({0: np.zeros(11)}, "arrays must be a dict with D4RL's keys"),
+    ({"rewards": [[0.0], [1.0, 2.0]]}, "rewards make no NumPy array, convert them yourself"),
+    ({"rewards": on_a_graph(rows()["rewards"])}, "rewards make no NumPy array"),
+    ({"rewards": 1.0}, "rewards are .. and not one number per row"),
+]
+
+
+@pytest.mark.parametrize("changes, message", ODD_ARRAYS)
+def test_arrays_that_are_none(changes, message):
+    arrays = rows() | changes
+    assert re.search(message, refusal(ampl.load_dataset, ampl.Args(env_id=MAZE), arrays))
+
+
+def test_lists_and_tensors_are_arrays(tmp_path):
+    arrays = {key: torch.from_numpy(value) for key, value in rows().items()}
+    arrays["rewards"] = rows()["rewards"].tolist()
+    from_file = load(write(tmp_path / "d.hdf5", rows()))
+    given = ampl.load_dataset(ampl.Args(env_id=MAZE), arrays)
+    for key in given.keys() - {"source"}:
+        assert torch.equal(given[key], from_file[key])
+    everything = list(rows().values())
+    sentence = refusal(ampl.load_dataset, ampl.Args(env_id=MAZE), everything)
+    assert "arrays must be a dict with D4RL's keys" in sentence
 
 
 def no_file(path):
@@ -576,6 +677,14 @@ def half_written(path):
         written[:8] = 1.0
 
 
+def a_half_chunk(path):
+    write(path, rows(observations=None))
+    with h5py.File(path, "a") as file:
+        written = file.create_dataset("observations", (11, 4), np.float32, chunks=(4, 4))
+        written[:] = 1.0
+        written.id.write_direct_chunk((8, 0), bytes(32))
+
+
 def a_chunk_that_unpacks_too_far(path):
     write(path, rows(observations=None))
     with h5py.File(path, "a") as file:
@@ -621,6 +730,12 @@ def an_episode_without_rewards(path):
     write_minari(path, episodes)
 
 
+def a_single_reward(path):
+    episodes = two_episodes()
+    episodes[1]["rewards"] = 1.0
+    write_minari(path, episodes)
+
+
 def a_missing_observation(path):
     episodes = two_episodes()
     episodes[0]["observations"] = episodes[0]["observations"][1:]
@@ -643,12 +758,14 @@ BROKEN = [
     (too_large, "observations has the shape .1000000000000, 4., but the file does not hold"),
     (too_large_and_packed, "observations has the shape .*does not hold so much"),
     (half_written, "observations has the shape .11, 4., but the file does not hold so much"),
+    (a_half_chunk, "observations has the shape .11, 4., but the file does not hold so much"),
     (a_chunk_that_unpacks_too_far, "observations has the shape .*does not hold so much"),
     (unknown_compression, "rewards is compressed by .*pip install hdf5plugin"),
     (a_gap, "there are 3 episodes, but no episode_2"),
     (no_first_episode, "there are 1 episodes, but no episode_0"),
     (a_linked_episode, "episode_1 is a link"),
     (an_episode_without_rewards, "episode_1 has no rewards; found actions, observations"),
+    (a_single_reward, "episode_1/rewards is a single value and not an array"),
     (a_missing_observation, "episode_0 needs as many actions and ends as rewards, one obs"),
 ]
 

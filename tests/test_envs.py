@@ -1,5 +1,6 @@
 """Environments against parts of d4rl's sources (it cannot be imported) and numbers; evaluation."""
 
+import functools
 import importlib.util
 import itertools
 import re
@@ -334,7 +335,7 @@ def is_small(next_obs):
 def test_a_rule_that_does_not_fit_the_observations(monkeypatch):
     monkeypatch.setitem(ampl.ENDS, "mine-v0", ampl.pen_ends)
     data = {"next_obs": torch.zeros(9, 4), "terminated": torch.zeros(9)}
-    with pytest.raises(SystemExit, match="the rule of ending of mine-v0 does not work on its obs"):
+    with pytest.raises(SystemExit, match="ending of mine-v0 does not work on its states"):
         ampl.note_rule("mine-v0", data | {"has_next": torch.ones(9, dtype=torch.bool)})
 
 
@@ -452,6 +453,15 @@ for env_id, arguments in OWN.items():
 gymnasium.register("FiveTimes-v0", FiveTimes)
 
 
+class IntegerSpace(Own):
+    """Its observations are floats, and its space says that they are integers."""
+
+    observation_space = gymnasium.spaces.Box(-9, 9, (2,), np.int64)
+
+
+gymnasium.register("IntegerSpace-v0", IntegerSpace)
+
+
 def test_the_wrapped_action_space_counts():
     """Data are in the space that the environment shows, and the same action is executed."""
     env = ampl.try_env("FiveTimes-v0")
@@ -474,9 +484,14 @@ REFUSED = {
     "Point-v0": "entry 1 of an action goes from 0.0 to 0.0: no finite range",
     "ArrayReward-v0": "the reward is .* and not a finite number",
     "NanReward-v0": "the reward is nan and not a finite number",
-    "TextReward-v0": "a reset and a step do not work",
+    "TextReward-v0": "a reset or a step does not work",
     "NanState-v0": "an observation is .*nan.* and not .2,. finite numbers",
     "WideState-v0": "an observation is .* and not .2,. finite numbers",
+    "IntegerSpace-v0": "observations are not of their space's type, int64",
+    "hopper-medium-v7": "did you mean hopper-medium-v2 or hopper-medium-v1",
+    "maze2d-umaze-v0": "mean maze2d-umaze-v1 or maze2d-eval-umaze-v1 or maze2d-um",  # not bullet-
+    "Hopper-v9": "did you mean Hopper-v5 or Hopper-v4[?]",  # not v3, which gymnasium cannot make
+    "cartpole-v1": "is it registered?",  # CartPole's actions are not continuous
 }
 
 
@@ -536,6 +551,48 @@ def test_an_evaluation_has_one_episode_in_each_environment():
     seeds = [ampl.episode_seed(3, 7, number) for number in range(6)]
     assert scores.tolist() == [1 + seed % 5 for seed in seeds]
     assert len(set(scores)) > 1
+
+
+class LateFault(Own):
+    """Sound for three steps; then `fault` makes what the fourth one gives."""
+
+    def __init__(self, fault):
+        super().__init__()
+        self.fault = fault
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        self.steps += 1
+        result = super().step(action)
+        return self.fault(*result) if self.steps == 4 else result
+
+
+def a_wide_observation(obs, reward, *others):
+    return np.zeros(3), reward, *others
+
+
+def two_rewards(obs, reward, *others):
+    return obs, np.zeros(2), *others
+
+
+def an_error(*result):
+    raise KeyError("battery")
+
+
+@pytest.mark.parametrize("fault", [a_wide_observation, two_rewards, an_error])
+def test_late_faults_of_an_environment(fault):
+    """In one sentence, also where the first step was sound."""
+    env_id = f"{fault.__name__.replace('_', '')}-v0"
+    make_it = functools.partial(LateFault, fault)
+    gymnasium.register(env_id, make_it, disable_env_checker=True, max_episode_steps=10)
+    ampl.try_env(env_id)
+    args = ampl.Args(env_id=env_id, eval_episodes=2)
+    with pytest.raises(SystemExit, match="a reset or a step does not work, mend it first") as stop:
+        ampl.evaluate(random_actor(env_id), args, 2, 0)
+    assert "\n" not in stop.value.code
 
 
 def test_no_two_episodes_begin_alike():

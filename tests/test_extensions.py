@@ -376,6 +376,68 @@ def test_nothing_is_said_of_a_network_that_moves(tmp_path, capsys):
     assert "no loss has reached" not in capsys.readouterr().out
 
 
+def with_column(network: type) -> type:
+    """The network, but its outputs [B] as [B, 1], as they are without .squeeze(-1)."""
+
+    class Column(network):
+        def forward(self, *inputs):
+            return super().forward(*inputs)[:, None]
+
+    return Column
+
+
+class ColumnDiscriminator(ampl.AMPL):
+    Discriminator = with_column(ampl.Discriminator)
+
+
+class ColumnOmega(ampl.AMPL):
+    Omega = with_column(ampl.OmegaNetwork)
+
+
+class ColumnTarget(ampl.AMPL):
+    def q_target(self, batch):
+        return super().q_target(batch)[:, None]
+
+
+class OneValue(ampl.AMPL):
+    """The policy's value as a mean, which is sound; the target as a mean, which is not."""
+
+    def q_target(self, batch):
+        return super().q_target(batch).mean()
+
+
+class ColumnFit(ampl.AMPL):
+    def fit_loss(self, x, y, omega):
+        mean, _ = self.model(x)
+        return (mean - y).square().mean((0, 2))[:, None] * omega[0]
+
+
+COLUMNS = [ColumnDiscriminator, ColumnOmega, ColumnTarget, OneValue, ColumnFit]
+
+
+@pytest.mark.parametrize("method", COLUMNS, ids=lambda method: method.__name__)
+def test_shapes_that_torch_would_stretch(method, tmp_path):
+    """[B, 1] meets [B], or a number meets [B] in a loss: a sentence with the line of code."""
+    with pytest.raises(SystemExit, match=r"\.py, line \d+, combines shapes \[.*\] and \[") as stop:
+        train_small(tmp_path, method)
+    assert "\n" not in stop.value.code
+
+
+def test_all_pairs_that_are_meant(tmp_path):
+    """Written out on both sides they pass, and so does a layer with one input."""
+
+    class Pairs(ampl.AMPL):
+        def gan_losses(self, batch, step_actor):
+            regularizer, disc_loss = super().gan_losses(batch, step_actor)
+            value = batch.reward
+            distance = (value[:, None] - value[None, :]).abs().mean()
+            weight = torch.ones(len(value), 1)
+            layer = F.linear(value[:, None], weight, torch.zeros(len(value))).mean()
+            return regularizer + 0 * distance + 0 * layer, disc_loss
+
+    train_small(tmp_path, Pairs)
+
+
 def test_critics_in_a_list(tmp_path):
     """torch would neither move nor save them."""
 
@@ -536,8 +598,11 @@ def test_the_hash_of_arrays_tells_their_names_apart():
 
 # Rules of ending that would train something else, and what is said.
 ODD_RULES = [
-    (lambda next_obs: next_obs.norm(dim=-1, keepdim=True) < 0.5, "must give a bool per state"),
+    (lambda next_obs: next_obs.norm(dim=-1, keepdim=True) < 0.5, r"torch.bool \[\d+, 1\] for"),
     (lambda next_obs: (next_obs > 1.02).sum(-1), "must give a bool per state"),
+    (lambda next_obs: (next_obs > 5).any(), r"torch.bool \[\] for .* such as .*any\(-1\)"),
+    (lambda next_obs: bool(next_obs[0, 0] > 5), "gives bool: it must give a bool per state"),
+    (lambda next_obs: True if next_obs[..., 0] > 5 else False, "does not work .* such as"),
     (lambda next_obs: next_obs.mul_(0.5)[..., 0] < 0, "changes the states"),
 ]
 

@@ -168,6 +168,26 @@ def test_dry_run_prints_commands_and_starts_nothing(undisturbed, tmp_path):
     assert line.split()[2:] == ["--resume", str(next(job.glob("*/")))]
 
 
+def test_dry_run_on_slurm_says_what_it_would_ask_for(tmp_path):
+    """As a comment before the commands. Nothing asks for SLURM itself."""
+    wishes = ["--cluster", "slurm", "--slurm-partition", "fast", "--hours", 2, "--dry-run"]
+    first, *commands = run_set(tmp_path / "new", *wishes).stdout.splitlines()
+    assert first.startswith("# an array of ")
+    for wish in ("job_name=sweep", "partition=fast", "time=120", "cpus_per_task=4"):
+        assert wish in first
+    assert all(line.startswith("python ") for line in commands)
+
+
+def test_dry_run_says_that_data_are_missing(tmp_path, monkeypatch):
+    """And fetches none; a --dataset-path that leads nowhere is refused as ever."""
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path))
+    done = run_set(tmp_path / "set", "--dry-run", flags=[])
+    assert done.stderr.startswith(f"note: there is no {tmp_path}/maze2d-medium-sparse-v1.hdf5 yet")
+    assert done.stdout.startswith("python ")
+    refused = run_set(tmp_path / "set", "--dry-run", flags=["--dataset-path", "nowhere"])
+    assert "there is no dataset nowhere" in refused.stderr
+
+
 # ----- what a command starts -----
 @pytest.fixture
 def plan(monkeypatch, tmp_path):
