@@ -1290,7 +1290,12 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     describe_rows(path, raw, data, end_keys, unused)
     note_rule(args.env_id, data)
     note_still_entries(data)
-    reward = data["reward"][data["has_next"]]
+    check_rewards(path, data["reward"][data["has_next"]])
+    return data | {"source": source}
+
+
+def check_rewards(path: Path, reward: Tensor) -> None:
+    """Stop if the rewards of the rows whose s' is known teach nothing. Raises SystemExit."""
     if len(reward) == 0:
         sys.exit(f"{path}: no row has a known s': store next_observations")
     if reward.min() == reward.max():
@@ -1298,7 +1303,6 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
             f"{path}: all rewards whose s' is stored are equal, so there is nothing to learn; if "
             "rewards come with terminals alone, store next_observations, too"
         )
-    return data | {"source": source}
 
 
 ARRAYS = ("observations", "next_observations", "actions", "rewards")  # D4RL's keys
