@@ -2152,7 +2152,7 @@ def check_arrays(path: Path, raw: dict[str, np.ndarray], env: gymnasium.Env) -> 
 
 def note_rounding(key: str, exact: np.ndarray, rounded: np.ndarray) -> None:
     """Say where float32 rounds off more than a thousandth of an entry's range."""
-    if exact.dtype == rounded.dtype:
+    if exact.dtype == rounded.dtype or len(exact) == 0:
         return
     exact = exact.reshape(len(exact), -1).astype(np.float64)
     error = np.abs(rounded.reshape(exact.shape) - exact).max(0)
