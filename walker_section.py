@@ -128,14 +128,10 @@ class WalkerWalk(gymnasium.Env):
         """A frame of a video, [256, 256, 3] uint8."""
         return self.image(self.VIDEO_SIZE)
 
-    def show(self, qpos: np.ndarray, qvel: np.ndarray) -> None:
-        """Put back positions [9] and velocities [9] of the joints, so that they can be rendered.
-
-        The image is that of the time when they were stored. What would follow is the same only up
-        to rounding, because the solver of contacts starts from its last solution.
-        """
+    def show(self, qpos: np.ndarray) -> None:
+        """Place the joints at positions [9] that were stored, so that they can be rendered."""
+        mujoco.mj_resetData(self.model, self.data)
         self.data.qpos[:] = qpos
-        self.data.qvel[:] = qvel
         mujoco.mj_forward(self.model, self.data)
 
     def close(self) -> None:
