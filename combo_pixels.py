@@ -142,14 +142,16 @@ NonNegative = Annotated[float, Range(0), tyro.conf.arg(metavar="FLOAT>=0")]
 Number = Annotated[float, Range(-1e9), tyro.conf.arg(metavar="FLOAT")]
 
 
+Level = Literal["random", "mixed", "medium", "medium_expert", "expert"]
+
+
 # Defaults are those of LOMPO's code (its walker), from which COMBO's image experiments take all
 # that the paper does not name. (ours): beta, and what concerns how a script runs.
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
     env_id: str = "walker-walk"  # walker-walk, or module:id with images of 64 x 64 x 3
-    level: Literal["random", "mixed", "medium", "medium_expert", "expert"] = "mixed"  # V-D4RL's
-    # names; in COMBO's Table 2 mixed is M-R (medium-replay), medium M, medium_expert M-E
+    level: Level = "mixed"  # V-D4RL's names; COMBO's: mixed is M-R, medium_expert is M-E
     dataset_path: str | None = None  # folder of .npz episodes (default: V-D4RL's in D4RL's folder)
     seed: Seed = 0  # seed of all random draws (the paper reports three)
     total_iterations: Count = 100_000  # iterations in latent space (V-D4RL's LOMPO: 150,000)
@@ -388,13 +390,19 @@ class LatentModel(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [N, 3, 64, 64] -> features [N, E]."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with self.precision(images.device):
             return self.encoder(images).float()
 
     def decode(self, obs: Tensor) -> Tensor:
         """The images expected in latent states [N, S] -> [N, 3, 64, 64]."""
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with self.precision(obs.device):
             return self.decoder(obs).float()
+
+    def precision(self, device: torch.device):
+        """A context in which convolutions are computed in bfloat16, if the settings say so."""
+        if self.bfloat16:
+            return torch.autocast(device.type, torch.bfloat16)
+        return contextlib.nullcontext()
 
     def expected_reward(self, obs: Tensor) -> Tensor:
         """The reward of the step that led to latent states [..., S] -> [...]."""
@@ -1532,6 +1540,10 @@ class WalkerWalk(gymnasium.Env):
 
     def image(self, size: int) -> np.ndarray:
         """What camera 0 sees, [size, size, 3] uint8. Raises SystemExit where OpenGL is missing."""
+        on_screen = os.environ.get("MUJOCO_GL", "").lower() in ("", "glfw")
+        has_screen = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+        if sys.platform == "linux" and on_screen and not has_screen:  # MuJoCo might abort
+            sys.exit(f"cannot render (there is no screen): {NO_OPENGL}")
         try:
             if size not in self.renderers:
                 self.renderers[size] = mujoco.Renderer(self.model, size, size)

@@ -87,14 +87,14 @@ class Dot(gymnasium.Env):
         return self.render(), reward, False, False, {}
 
     def render(self) -> np.ndarray:
-        """A white disc of 5 pixels' radius, its edge smoothed, on blue; a red square in the goal."""
+        """A white disc of 8 pixels' radius with a smooth edge, on blue; a red square is the goal."""
         image = np.zeros((64, 64, 3))
         image[:, :, 2] = 100
         image[29:35, 29:35, 0] = 200
-        x, y = 31.5 + 26 * self.position
+        x, y = 31.5 + 23 * self.position
         rows, columns = np.mgrid[:64, :64]
         distance = np.sqrt((columns - x) ** 2 + (rows - y) ** 2)
-        disc = (5.5 - distance).clip(0, 1)[:, :, None]  # 1 inside, 0 outside
+        disc = (8.5 - distance).clip(0, 1)[:, :, None]  # 1 inside, 0 outside
         return (image * (1 - disc) + 255 * disc).astype(np.uint8)
 
 
