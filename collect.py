@@ -768,7 +768,7 @@ class SACCollection:
         """Stop if the settings are not those of the stopped run. Raises SystemExit."""
         before = json.loads(saved["settings"])
         now = json.loads(json.dumps(self.settings()))  # lists for tuples, as in `before`
-        other = [f"{name} was {before[name]}" for name in before if before[name] != now[name]]
+        other = [f"{name} was {before[name]}" for name in before if before[name] != now.get(name)]
         if other:
             sys.exit(f"--resume needs the settings of the stopped run: {', '.join(other)}")
         steps = len(saved["records"]["SAC"]["columns"]["rewards"])
@@ -899,8 +899,9 @@ def register_walker() -> None:
     from combo_pixels import WalkerWalk  # which only this task needs
 
     if WALKER not in gymnasium.registry:
+        limit = WalkerWalk.EPISODE_STEPS
         gymnasium.register(
-            WALKER, WalkerWalk, max_episode_steps=WALKER_STEPS, kwargs={"from_states": True}
+            WALKER, WalkerWalk, max_episode_steps=limit, kwargs={"from_states": True}
         )
 
 
@@ -914,10 +915,10 @@ def check_rendering() -> None:
 
 
 def spread_episodes(columns: Columns, count: int) -> Columns:
-    """The rows of `count` episodes, evenly spaced from the first to the last whole one."""
+    """The rows of `count` whole episodes, evenly spaced in time; of all if there are fewer."""
     whole = len(columns["rewards"]) // WALKER_STEPS
-    chosen = np.linspace(0, whole - 1, count).round().astype(int)
-    rows = WALKER_STEPS * chosen[:, None] + np.arange(WALKER_STEPS)  # [count, 500]
+    chosen = np.linspace(0, whole - 1, min(count, whole)).round().astype(int)
+    rows = WALKER_STEPS * chosen[:, None] + np.arange(WALKER_STEPS)  # [chosen, 500]
     return {name: column[rows.ravel()] for name, column in columns.items()}
 
 
@@ -925,8 +926,8 @@ def write_episodes(path: Path, columns: Columns, attributes: dict) -> None:
     """Render the episodes and write each to a file in the folder `path`, in V-D4RL's format.
 
     They are collected in a folder beside it, which gets the name when the last is there. An episode
-    that a stopped run wrote stays. `collection.json` is no part of the format and has the
-    attributes.
+    that a stopped run wrote stays. Beside the episodes stand note.txt, which the learning script
+    prints, and collection.json with the attributes.
     """
     from combo_pixels import WalkerWalk
 
@@ -950,6 +951,7 @@ def write_episodes(path: Path, columns: Columns, attributes: dict) -> None:
         bar.move_to(number + 1, "")
     bar.close()
     camera.close()
+    mopo.save(attributes["note"].encode(), part / "note.txt")
     mopo.save(attributes, part / "collection.json")
     with mopo.writing(path):
         if path.exists():
@@ -1111,7 +1113,7 @@ def check_old_episodes(path: Path) -> None:
         sys.exit(f"{path} is a file: --output takes the name of a folder for {WALKER}")
     if path.is_dir():
         for file in path.iterdir():
-            if file.suffix != ".npz" and file.name != "collection.json":
+            if file.suffix != ".npz" and file.name not in ("note.txt", "collection.json"):
                 sys.exit(f"{path} has {file.name}, which is no episode: take another --output")
 
 
