@@ -1540,7 +1540,7 @@ class WalkerWalk(gymnasium.Env):
 
     def image(self, size: int) -> np.ndarray:
         """What camera 0 sees, [size, size, 3] uint8. Raises SystemExit where OpenGL is missing."""
-        on_screen = os.environ.get("MUJOCO_GL", "").lower() in ("", "glfw")
+        on_screen = os.environ.get("MUJOCO_GL", "").lower() not in ("egl", "osmesa")
         has_screen = "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
         if sys.platform == "linux" and on_screen and not has_screen:  # MuJoCo might abort
             sys.exit(f"cannot render (there is no screen): {NO_OPENGL}")
