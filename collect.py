@@ -64,9 +64,10 @@ walker-walk: SAC as above, from states. The frames are rendered afterwards, from
     medium_expert   half of the episodes of medium, half of expert (COMBO: medium-expert)
     expert          episodes of SAC's policy after --sac-steps
 
-Source: COMBO's section 5.2, which says "similar to D4RL, each consisting of 200 trajectories", and
-V-D4RL for the names and the format: a folder with one file an episode. Neither publishes the rule
-for the stop; ours is the first mean of 10 sampled episodes that reaches a return of 500 of 1000.
+Source: COMBO's section 5.2, "similar to Fu et al., each consisting of 200 trajectories", that is to
+D4RL; the names and the format, a folder with a file an episode, are V-D4RL's. COMBO does not say
+where it stopped; ours is the first mean of 10 sampled episodes that reaches a return of 500. Of
+the episodes that SAC has seen by then mixed has --episodes, evenly spaced, or all if they are fewer.
 """
 
 import copy
@@ -121,7 +122,7 @@ class Args:
     episodes: Count = 200  # of 500 steps each, in the whole dataset (COMBO)
     # --- SAC ---
     sac_steps: Count = 1_000_000  # steps of SAC; medium and medium-replay end at their return
-    medium_return: Number | None = None  # return that ends medium (ours: 1500, 4700 or 2700)
+    medium_return: Number | None = None  # return that ends medium (ours: 1500, 4700, 2700 or 500)
     eval_every: Count = 5_000  # steps between two evaluations (ours)
     eval_episodes: Count = 10  # episodes per evaluation, with sampled actions (ours)
     random_steps: CountOrZero = 5_000  # first steps, of uniform actions without training (ours)
@@ -917,6 +918,8 @@ def check_rendering() -> None:
 def spread_episodes(columns: Columns, count: int) -> Columns:
     """The rows of `count` whole episodes, evenly spaced in time; of all if there are fewer."""
     whole = len(columns["rewards"]) // WALKER_STEPS
+    if whole == 0:
+        sys.exit(f"SAC was stopped within its first {WALKER_STEPS} steps: raise --medium-return")
     chosen = np.linspace(0, whole - 1, min(count, whole)).round().astype(int)
     rows = WALKER_STEPS * chosen[:, None] + np.arange(WALKER_STEPS)  # [chosen, 500]
     return {name: column[rows.ravel()] for name, column in columns.items()}
@@ -1092,6 +1095,7 @@ def check_files(args: Args, path: Path, partial: Path) -> None:
     try:
         if args.env_id == WALKER:
             check_old_episodes(path)
+            check_old_episodes(part_of(path))
         elif path.is_dir():
             sys.exit(f"{path} is a folder: --output takes the name of a file")
         if path.exists() and not args.overwrite:
@@ -1108,12 +1112,13 @@ def check_files(args: Args, path: Path, partial: Path) -> None:
 
 
 def check_old_episodes(path: Path) -> None:
-    """Refuse what --overwrite should not replace. Raises SystemExit."""
+    """Refuse a folder that holds more than a collection, which replaces it. Raises SystemExit."""
     if path.exists() and not path.is_dir():
         sys.exit(f"{path} is a file: --output takes the name of a folder for {WALKER}")
     if path.is_dir():
         for file in path.iterdir():
-            if file.suffix != ".npz" and file.name not in ("note.txt", "collection.json"):
+            is_ours = file.suffix in (".npz", ".part")
+            if not is_ours and file.name not in ("note.txt", "collection.json"):
                 sys.exit(f"{path} has {file.name}, which is no episode: take another --output")
 
 
