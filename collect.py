@@ -67,7 +67,7 @@ walker-walk: SAC as above, from states. The frames are rendered afterwards, from
 Source: COMBO's section 5.2, "similar to Fu et al., each consisting of 200 trajectories", that is to
 D4RL; the names and the format, a folder with a file an episode, are V-D4RL's. COMBO does not say
 where it stopped; ours is the first mean of 10 sampled episodes that reaches a return of 500. Of
-the episodes that SAC has seen by then mixed has --episodes, evenly spaced, or all if they are fewer.
+the episodes that SAC saw until then mixed has --episodes, evenly spaced; all, if they are fewer.
 """
 
 import copy
