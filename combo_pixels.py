@@ -7,9 +7,9 @@
 # ]
 # [tool.uv]  # dm-control is only a file that describes the walker, and needs nothing of this:
 # override-dependencies = [
-#   "absl-py; python_version < '0'", "dm-env; python_version < '0'",
-#   "dm-tree; python_version < '0'", "glfw", "labmaze; python_version < '0'",
-#   "lxml; python_version < '0'", "mujoco==4.0.0", "scipy; python_version < '0'",
+#   "dm-env; python_version < '0'", "dm-tree; python_version < '0'",
+#   "labmaze; python_version < '0'", "lxml; python_version < '0'", "mujoco==4.0.0",
+#   "scipy; python_version < '0'",
 # ]
 # ///
 """COMBO from images, in the latent space of a recurrent model (Yu et al. 2021, section 5.2). The
@@ -1350,9 +1350,10 @@ def check_episode(file: Path, episode: dict[str, np.ndarray], action_dim: int) -
 
 
 # ===== C. Environments ============================================================================
-# walker-walk below, or any environment that is registered with gymnasium, whose observations are
-# images [64, 64, 3], uint8, and whose episodes all have the same length: `--env-id module:id`
-# imports the module that registers id, and --dataset-path names its data.
+# walker-walk below, which needs `pip install --no-deps dm_control`, or any environment that is
+# registered with gymnasium, whose observations are images [64, 64, 3], uint8, and whose episodes
+# all have the same length: `--env-id module:id` imports the module that registers id, and
+# --dataset-path names its data.
 REFERENCES: dict[str, tuple[float, float]] = {
     "walker-walk": (0.0, 1000.0),  # as V-D4RL's scores; how COMBO scaled its own, it does not say
 }

@@ -25,7 +25,7 @@ SMALL = {
     "memory_size": 64,
     "stoch_size": 8,
     "num_heads": 3,
-    "conv_depth": 4,
+    "conv_depth": 8,
     "rollout_starts": 400,
     "rollout_first_rows": 4000,
     "model_rows": 10_000,
@@ -43,12 +43,18 @@ SMALL = {
     "threads": 1,
 }
 # The suite's form, in seconds of a core; and the form of the command above, in minutes.
-SHORT = SMALL | {"model_steps": 250, "total_iterations": 1000, "eval_every": 1000}
+SHORT = SMALL | {
+    "sequence_length": 10,
+    "model_lr": 2e-3,
+    "model_steps": 300,
+    "total_iterations": 1500,
+    "eval_every": 500,
+    "tau": 0.02,
+}
 LONG = SMALL | {
     "sequences": 32,
     "memory_size": 128,
     "stoch_size": 16,
-    "conv_depth": 8,
     "model_steps": 600,
     "total_iterations": 4000,
     "eval_every": 1000,
@@ -87,7 +93,7 @@ class Dot(gymnasium.Env):
         return self.render(), reward, False, False, {}
 
     def render(self) -> np.ndarray:
-        """A white disc of 8 pixels' radius with a smooth edge, on blue; a red square is the goal."""
+        """A white disc of 8 pixels' radius with a smooth edge, on blue. The goal is red."""
         image = np.zeros((64, 64, 3))
         image[:, :, 2] = 100
         image[29:35, 29:35, 0] = 200

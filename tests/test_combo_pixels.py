@@ -24,6 +24,7 @@ from torch.testing import assert_close
 
 import combo
 import combo_pixels
+import sweep
 
 TINY = dot.SMALL | {
     "sequences": 3,
@@ -608,3 +609,14 @@ def test_help_says_whose_the_defaults_are(monkeypatch, capsys):
     assert "Defaults are those of LOMPO's code, unless it says (ours)" in text
     for word in ("mixed is M-R", "beta", "(ours"):
         assert word in text
+
+
+def test_sweep_takes_the_script(data, tmp_path, monkeypatch, capsys):
+    """It plans runs over levels and beta; `dot` is found as a module of one's own."""
+    words = ["sweep.py", "run", "--scripts", combo_pixels.__file__, "--env-ids", "dot:Dot-v0"]
+    grid = ["--grid", "beta=0.5,1", "level=mixed,expert", "--dir", str(tmp_path), "--dry-run"]
+    monkeypatch.setattr(sys, "argv", [*words, *grid, "--", "--dataset-path", str(data)])
+    sweep.main()
+    planned = capsys.readouterr().out
+    assert planned.count("combo_pixels.py --env-id dot:Dot-v0") == 4
+    assert planned.count("--level expert") == 2
