@@ -511,7 +511,7 @@ class COMBOPixels(nn.Module):
         self.obs_dim = obs_dim  # S, of a latent state
         self.action_dim = action_dim
         self.unfinished = {}  # where the long loops stand: --resume goes on within them
-        self.belief = None  # what `act` remembers of the episode so far
+        self.latest = None  # latent states and actions of the episodes in which `act` acts
         self.model = self.build("model", LatentModel)
         self.actor = self.build("actor", Actor)
         self.critic = self.build("critic", TwinCritic)
@@ -852,7 +852,7 @@ class COMBOPixels(nn.Module):
 
     def forget(self) -> None:
         """Begin new episodes: what `act` is given next are their first images."""
-        self.belief = None
+        self.latest = None
 
     @torch.no_grad()
     def act(self, images: np.ndarray) -> np.ndarray:
@@ -861,15 +861,15 @@ class COMBOPixels(nn.Module):
         The latent state is a draw of the posterior, as in LOMPO's code. It is kept until `forget`.
         """
         pixels = self.pixels(torch.as_tensor(images, device=self.device))
-        if self.belief is None:
+        if self.latest is None:
             obs = self.model.start(len(pixels), self.device)
             action = torch.zeros(len(pixels), self.action_dim, device=self.device)
         else:
-            obs, action = self.belief
+            obs, action = self.latest
         memory = self.model.remember_step(obs, action)
         obs, _, _ = self.model.infer(memory, self.model.encode(pixels))
         action = self.actor(obs)
-        self.belief = (obs, action)
+        self.latest = (obs, action)
         return action.cpu().numpy()
 
 

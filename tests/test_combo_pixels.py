@@ -84,7 +84,8 @@ def test_gaussian_kl():
     assert_close(value, torch.tensor(1.3068528))
     means = torch.randn(2, 7, 5)
     stds = torch.rand(2, 7, 5) + 0.1
-    own, prior = (Independent(Normal(mean, std), 1) for mean, std in zip(means, stds))
+    own = Independent(Normal(means[0], stds[0]), 1)
+    prior = Independent(Normal(means[1], stds[1]), 1)
     value = combo_pixels.gaussian_kl(means[0], stds[0], means[1], stds[1])
     assert_close(value, kl_divergence(own, prior))
 
@@ -133,9 +134,10 @@ def test_the_conservative_gap_is_combos_on_the_same_numbers(data, rho_states):
     num_states = 16 if rho_states == "mixed" else 12
     q_rho = torch.randn(2, num_states, 5)
     q = torch.randn(2, 16)
-    for method in (ours, theirs):
-        method.q_of_actions = lambda obs, actions: q_rho[:, : len(obs)]
-    theirs.proposals = lambda obs, next_obs: (None, torch.zeros(len(obs), 5))
+    densities = torch.zeros(num_states, 5)
+    ours.q_of_actions = lambda obs, actions: q_rho
+    theirs.q_of_actions = lambda obs, actions: q_rho
+    theirs.proposals = lambda obs, next_obs: (None, densities)
     gap = ours.conservative_gap(batch, q)
     assert torch.equal(gap, theirs.conservative_gap(combo.Batch(*batch), q))
     assert_close(gap, q_rho.exp().sum(-1).log().mean(1) - q[:, :4].mean(1))
@@ -219,7 +221,7 @@ def test_observe_is_step_by_step_what_act_infers(data):
     method.actor.forward = lambda obs: actions[step + 1]  # the data's action after image `step`
     for step in range(7):
         method.act(stored[step : step + 1])
-        assert_close(method.belief[0], belief.obs[step])
+        assert_close(method.latest[0], belief.obs[step])
 
 
 def test_bfloat16_is_near(data):
@@ -275,9 +277,12 @@ def test_rollouts_and_latent_states_carry_no_gradient(data):
 def test_the_policys_gradient_is_that_of_q(data):
     """Where Q is the action's first entry, iterations raise that entry."""
     method = build(data, beta=0.0)
-    method.critic.forward = lambda obs, action: (
-        action[:, 0].expand(2, -1) + 0 * sum(weight.sum() for weight in method.critic.parameters())
-    )
+
+    def forward(obs: Tensor, action: Tensor) -> Tensor:
+        nothing = 0 * sum(weight.sum() for weight in method.critic.parameters())
+        return action[:, 0].expand(2, -1) + nothing
+
+    method.critic.forward = forward
     obs = method.data[:, :11]
     before = method.actor(obs)[:, 0].mean()
     for _ in range(5):
@@ -303,7 +308,8 @@ def test_a_rollout_follows_the_model(data):
 
 def test_noise_of_rollouts(data):
     method = build(data, rollout_noise=0.1)
-    method.actor.forward = lambda obs: torch.full((len(obs), 2), 0.95)
+    always = torch.full((4000, 2), 0.95)
+    method.actor.forward = lambda obs: always
     action = method.rollout_action(torch.zeros(4000, 11))
     assert action.max() == 1
     assert_close(action.clamp(max=0.95).std(), torch.tensor(0.0584), atol=0.004, rtol=0)
@@ -554,9 +560,11 @@ def test_a_resumed_run_is_the_undisturbed_run(data, whole, tmp_path, monkeypatch
     """Bit for bit, with the latent rows of D_model."""
     if where == "in the fit":
         monkeypatch.setattr(combo_pixels, "PHASE_SAVED_EVERY", 0)
-        name, last_call = "model_step", 3
+        name = "model_step"
+        last_call = 3
     else:
-        name, last_call = "iterate", 10
+        name = "iterate"
+        last_call = 10
     step = getattr(combo_pixels.COMBOPixels, name)
     calls = []
 
