@@ -8,8 +8,8 @@
 # [tool.uv]  # dm-control is only a file that describes the walker, and needs nothing of this:
 # override-dependencies = [
 #   "dm-env; python_version < '0'", "dm-tree; python_version < '0'",
-#   "labmaze; python_version < '0'", "lxml; python_version < '0'", "mujoco==4.0.0",
-#   "scipy; python_version < '0'",
+#   "labmaze; python_version < '0'", "lxml; python_version < '0'",
+#   "requests; python_version < '0'", "scipy; python_version < '0'",
 # ]
 # ///
 """COMBO from images, in the latent space of a recurrent model (Yu et al. 2021, section 5.2). The
