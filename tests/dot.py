@@ -20,8 +20,8 @@ EPISODE_STEPS = 25
 SMALL = {
     "env_id": "dot:Dot-v0",
     "sequences": 16,
-    "sequence_length": 26,
-    "model_lr": 1e-3,
+    "sequence_length": 8,
+    "model_lr": 2e-3,
     "memory_size": 64,
     "stoch_size": 8,
     "num_heads": 3,
@@ -30,6 +30,7 @@ SMALL = {
     "rollout_first_rows": 4000,
     "model_rows": 10_000,
     "rollout_every": 50,
+    "beta": 0.2,  # with 1.0, against values of Q below 20, it learned on one seed of two
     "batch_size": 128,
     "num_actions": 4,
     "hidden": (64, 64),
@@ -37,30 +38,15 @@ SMALL = {
     "actor_lr": 1e-3,
     "critic_lr": 1e-3,
     "gamma": 0.95,
+    "tau": 0.02,
     "eval_episodes": 20,
     "final_episodes": 100,
     "cuda": False,
     "threads": 1,
 }
-# The suite's form, in seconds of a core; and the form of the command above, in minutes.
-SHORT = SMALL | {
-    "sequence_length": 8,
-    "model_lr": 2e-3,
-    "model_steps": 350,
-    "total_iterations": 1500,
-    "eval_every": 500,
-    "tau": 0.02,
-}
-LONG = SMALL | {
-    "sequences": 32,
-    "memory_size": 128,
-    "stoch_size": 16,
-    "model_steps": 600,
-    "total_iterations": 4000,
-    "eval_every": 1000,
-    "hidden": (128, 128),
-    "actor_hidden": (128, 128),
-}
+# The suite's form, about 45 seconds of a core; and the form of the command above.
+SHORT = SMALL | {"model_steps": 300, "total_iterations": 800, "eval_every": 400}
+LONG = SMALL | {"model_steps": 1200, "total_iterations": 6000, "eval_every": 1000}
 
 
 class Dot(gymnasium.Env):
