@@ -5,7 +5,7 @@
 #   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
-# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# [tool.uv]  # d4rl is only a table of URLs here: what it asks for is never installed
 # override-dependencies = [
 #   "click; python_version < '0'", "dm-control; python_version < '0'",
 #   "gym; python_version < '0'", "mjrl; python_version < '0'",
@@ -122,13 +122,12 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-# Threads that wait for work spin, which stops the others on a busy machine: beside one more process
-# an iteration took 518 ms instead of 26. With this it takes 67, and 29 on an idle machine.
+# Threads that wait for work spin, which stops the others on a busy machine. With this they spin
+# less: an iteration beside one more process takes 67 ms instead of 518, one alone 29 instead of 26.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
@@ -152,7 +151,7 @@ class Range(NamedTuple):
     """From `low` to `high`, both included, unless low_is_allowed is False."""
 
     low: float
-    high: float = 1e9  # far above all that makes sense, and a product of a few is no infinity
+    high: float = 1e9  # above all that makes sense; a product of a few stays finite
     low_is_allowed: bool = True
 
 
@@ -173,7 +172,7 @@ Number = Annotated[float, Range(-1e9), tyro.conf.arg(metavar="FLOAT")]
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
-    env_id: str = "maze2d-umaze-v1"  # task in PAPER, D4RL or gymnasium
+    env_id: str = "maze2d-umaze-v1"  # task in PAPER, or any with a simulator
     dataset_path: str | None = None  # HDF5 file (default: the task's in D4RL's folder)
     seed: Seed = 0  # seed of all random draws (the paper reports five)
     total_iterations: Count = 1_000_000  # iterations of the main loop
@@ -439,7 +438,8 @@ class ModelEnsemble(nn.Module):
         inputs, targets = self.inputs_and_targets(batch)
         self.input_mean.copy_(inputs.double().mean(0))
         # Code: a deviation of at least 1e-12, with which an input that hardly varies would be huge
-        # once it changed. Here: the model does not see an input that deviates by less than 0.001.
+        # once it changed. Here: an input that deviates by less than 0.001 is divided by 1e12, so
+        # that the model sees 0.
         self.input_std.copy_(input_scale(inputs.double().std(0)))
         self.target_mean.copy_(targets.double().mean(0))
         self.target_std.copy_(targets.double().std(0).clamp(min=1e-12))
@@ -480,6 +480,7 @@ class ModelEnsemble(nn.Module):
     def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, ...]:
         """`forward` at every row, each by a random member of its own: -> mean, log_std [B, 1 + S].
 
+        They are of the standardised targets, like those of `forward`.
         The rows are shuffled, cut into M equal shares, one per member, and put back in order.
         """
         x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std  # [B, S + A]
@@ -491,7 +492,7 @@ class ModelEnsemble(nn.Module):
         return tuple(output.flatten(0, 1)[unshuffle] for output in self(shares))
 
     def draw(self, obs: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor]:
-        """A sample of the Gaussian [B, 1 + S] as reward [B] and next_obs [B, S]."""
+        """A sample of the standardised Gaussian [B, 1 + S] as reward [B] and next_obs [B, S]."""
         y = mean + log_std.exp() * torch.randn_like(mean)
         # Code: NaN becomes 0. Here: also a clamp, so that predictions far outside the data, which
         # end a rollout, do not overflow the other networks.
@@ -501,7 +502,11 @@ class ModelEnsemble(nn.Module):
 
 # ===== 3. Equations ===============================================================================
 def scale_rewards(reward: Tensor) -> Tensor:
-    """Rewards [N] to about [0, 1], which the critics' q_bound, huber_delta and grad_norm assume."""
+    """Rewards [N] to about [0, 1].
+
+    The critics' q_bound, huber_delta and grad_norm assume that, and `end_outside_data`, whose
+    -reward_limit is a penalty only beside rewards that are not negative.
+    """
     # Paper: the task's rewards. Code: this.
     span = reward.max() - reward.min()
     return (reward - reward.min() + 1e-3) / span
@@ -541,9 +546,9 @@ def masked_mean(values: Tensor, keep: Tensor) -> Tensor:
 
 def generator_loss(fake_logit: Tensor, keep: Tensor) -> Tensor:
     """-log D, on average over the fake pairs: logits and keep [2B]."""
-    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, as binary_cross_entropy of D,
-    # whose guard against a division by zero takes the gradient at logits below about -28. Here:
-    # the same loss as softplus(-logit), whose gradient stays.
+    # Paper: log(1 - D). Code: -log D, the usual non-saturating loss, as binary_cross_entropy of D.
+    # torch divides there by max(D (1 - D), 1e-12), so that the gradient fades at logits below about
+    # -28. Here: the same loss as softplus(-logit), whose gradient stays.
     return masked_mean(F.softplus(-fake_logit), keep)  # Eq. (15)
 
 
@@ -577,8 +582,9 @@ def model_error(mean: Tensor, target: Tensor, omega: Tensor) -> Tensor:
 
     mean is [M, B, 1 + S]; target [B, 1 + S] and omega [B] are the same for every member.
     """
-    # Paper: does not say. Code: computes likelihood and squared error, and judges by the squared
-    # error, probably by mistake.
+    # Paper: does not say. Code: this, weighted by omega as well. Its loss function returns
+    # likelihood and squared error, and the caller takes them in the other order, so the likelihood
+    # was probably meant.
     error = (mean - target).square().mean(-1)  # [M, B]
     return (omega * error).mean(-1)
 
@@ -617,9 +623,11 @@ def constrain_mean(
     g = loss_grad + multiple * mean_grad with the smallest multiple >= 0 such that
     <g, mean_grad> >= min(mean_omega - bound, |mean_grad|^2), where <,> is the scalar product. The
     descent step goes along -g. Above the bound it lowers the mean; below, it may raise it, but by
-    less the closer the mean is to the bound. (Adam changes the step, so that this is no guarantee.)
+    less the closer the mean is to the bound. The second argument of min caps the demand: however
+    far above the bound, the mean need not fall faster than along -mean_grad itself. (Adam changes
+    the step, so that this is no guarantee.)
     """
-    # Paper: no bound. Code: this one.
+    # Paper: no bound. Code: this one, on each weight tensor by itself.
     norm_squared = mean_grad.square().sum()
     wanted = torch.minimum(mean_omega - bound, norm_squared)
     multiple = (wanted - (loss_grad * mean_grad).sum()) / (norm_squared + 1e-8)
@@ -640,11 +648,13 @@ class AMPL(nn.Module):
     they never wait for a tensor's value and hold no `if` on what changes between calls. The two
     flags of `iterate` are the exception: it gets one graph per combination.
 
-    Variants of the method, such as the paper's ablations, derive from this class, and their
-    settings from Args; `main(MyArgs, MyMethod)` starts them. What their steps change must be a
-    parameter or a buffer; what they draw must be drawn by torch on self.device and stay a tensor
-    (k of n at random: torch.rand(n, device=self.device).argsort()[:k]). A CUDA graph freezes all
-    else, and --resume does not restore it.
+    For those who derive a class, as the paper's ablations do: its settings derive from Args, and
+    `main(MyArgs, MyMethod)` starts it. What a step changes must be a parameter or a buffer, made
+    with its optimizer in __init__ or set_data. What it draws must be drawn by torch on self.device
+    and stay a tensor; k of n at random, for example, are
+    torch.rand(n, device=self.device).argsort()[:k]. A CUDA graph freezes all else, and --resume
+    does not restore it. Other rewards are written to self.data after super().set_data, since its
+    scaling undoes any shift. Environments of your own: see section C.
     """
 
     Model = ModelEnsemble
@@ -709,9 +719,10 @@ class AMPL(nn.Module):
     # --- data ---
 
     def set_data(self, dataset: dict[str, Tensor]) -> None:
-        """Take the transitions that `load_dataset` describes.
+        """Take what load_dataset gives: obs, next_obs [N, S], action [N, A], reward [N], and so on.
 
-        This is not part of __init__, because a saved policy acts without data.
+        `terminated` and `has_next` [N] are booleans. This is not part of __init__, because a saved
+        policy acts without data.
         """
         obs = dataset["obs"]
         next_obs = dataset["next_obs"]
@@ -734,8 +745,7 @@ class AMPL(nn.Module):
             print(f"note: s' of {lost} terminals is not stored: the model never sees their rewards")
 
         # A prediction beyond these is outside the data: twice the largest |obs| of each dimension
-        # (or 0.002, twice STILL, where that is smaller), and the largest reward plus 10 standard
-        # deviations.
+        # (at least 0.002; STILL is 0.001), and the largest reward plus 10 standard deviations.
         farthest = torch.maximum(obs.abs(), next_obs.abs()).amax(0)
         self.obs_limit = 2 * farthest.clamp(min=STILL).to(self.device)
         self.reward_limit = (reward.max() + 10 * reward.std()).to(self.device)
@@ -817,7 +827,7 @@ class AMPL(nn.Module):
 
         # In a policy step both losses share one graph. `inputs` gives each gradient only to the
         # networks of its own optimizer, and retain_graph keeps the graph for the second backward
-        # pass. The policy may step in between: the discriminator's pass does not use its weights.
+        # pass. The policy may step in between: the second pass does not go through its weights.
         # Paper: discriminator, then policy. Code: policy first, on losses from before both steps.
         if step_actor:
             self.actor_optimizer.zero_grad()
@@ -882,7 +892,7 @@ class AMPL(nn.Module):
         The gradient reaches the policy through both actions.
         """
         raw = self.actor.raw_action(obs)
-        with torch.no_grad():  # s' is a constant
+        with torch.no_grad():  # Paper: does not say. Code: no gradient passes through s'.
             _, next_obs, terminated = self.imagine(obs, torch.tanh(raw))
         next_raw = self.actor.raw_action(next_obs)
         # Paper: all pairs. Code: without those at a terminal s'. Here: they stay, masked by `keep`:
@@ -972,10 +982,10 @@ class AMPL(nn.Module):
         # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         step = functools.partial(self.model_step, inputs, targets, known_omega, train_rows)
         step = capture(step, args)
-        best_error = torch.full((model.members,), 1e32, device=self.device)
+        best_error = torch.full((model.members,), 1e32, device=self.device)  # inf / inf is NaN
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit {k}, patience {args.model_patience} epochs"
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, unless resumed in a fit
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, or where a fit stopped
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:
@@ -983,7 +993,7 @@ class AMPL(nn.Module):
             for _ in range(args.model_epoch_steps):
                 logs = step()
             error = self.holdout_error(inputs, targets, known_omega, held_out)  # [M]
-            improved = (best_error - error) / best_error > 0.01  # [M]; inf / inf would be NaN
+            improved = (best_error - error) / best_error > 0.01  # [M]
             best_error = torch.where(improved, error, best_error)
             for name, tensor in model.layers.state_dict().items():
                 best_layers[name][improved] = tensor[improved]  # the first axis is the member
@@ -1004,7 +1014,10 @@ class AMPL(nn.Module):
     def model_step(
         self, inputs: Tensor, targets: Tensor, omega: Tensor, train_rows: Tensor
     ) -> Scalars:
-        """One Adam step of all members, each on random rows of its own."""
+        """One Adam step of all members, each on random rows of its own.
+
+        inputs [N', S + A], targets [N', 1 + S], omega [N']; train_rows number some of these rows.
+        """
         args = self.args
         model = self.model
         shape = (model.members, args.model_batch_size)
@@ -1072,7 +1085,7 @@ class AMPL(nn.Module):
         reseed(args.seed, "omega", k)
         step = capture(functools.partial(self.omega_step, q_data), args)
         phase = f"omega, training {k}"
-        (steps_done,) = go_on(self, phase, (0,))  # 0, unless --resume goes on within
+        (steps_done,) = go_on(self, phase, (0,))  # 0, unless a resumed run was in this loop
         for t in range(steps_done + 1, args.omega_steps + 1):
             logs = step()
             if t % 1000 == 0 or t == args.omega_steps:
@@ -1181,7 +1194,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
     rollout = capture(ampl.rollout, args)
 
     if run.iteration == 0 and args.dynamics_from:
-        load_model(ampl, Path(args.dynamics_from), dataset["source"])
+        load_model(ampl, args.dynamics_from, dataset["source"], run.folder)
     elif run.iteration == 0:
         unweighted = torch.ones(len(ampl.data), device=ampl.device)
         error = ampl.fit_model(0, unweighted, run.progress)  # Eq. (4)
@@ -1190,6 +1203,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
     rollout_logs = {}
     while run.iteration < args.total_iterations:
         i = run.iteration
+        # Paper: "every 100 epochs" (of 1000 iterations). Code: not at i = 0, after the first fit.
         if i > 0 and i % args.model_retrain_every == 0:
             run.save_checkpoint()  # what follows takes long
             k = i // args.model_retrain_every
@@ -1209,7 +1223,7 @@ def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None 
         last = run.iteration == args.total_iterations
         save_now = last or run.iteration % args.checkpoint_every == 0
         if run.iteration % args.log_every == 0 or save_now:
-            run.log("training", logs | rollout_logs)  # stops at NaN, before a file could hold it
+            run.log("training", logs | rollout_logs)  # stops at NaN, so no checkpoint holds it
         if run.iteration % args.eval_every == 0 or last:
             run.add_to_curve()  # evaluates the policy
         if save_now:
@@ -1222,7 +1236,7 @@ def main(settings: type = Args, method: type = AMPL) -> None:
     args = parse_args(settings)
     if args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        scores = evaluate(policy, args, args.final_episodes, 0)
+        scores = evaluate(policy, args, args.final_episodes, k=0)  # the final one
         report(policy, args, scores, Path(args.evaluate))
     else:
         with enough_memory():
@@ -1264,13 +1278,17 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     The command line is read twice. A first look finds the task, or the saved run; the defaults
     of the second look are the settings of that task or run, so that --help shows them.
     """
+    if sys.stderr is None:  # some of the libraries cannot do without, nor could a mistake be said
+        print("standard error is closed: send it somewhere, as with 2>/dev/null")
+        sys.exit(1)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that it cannot print
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.excepthook = functools.partial(say_how_to_go_on, None)
     hide_unused_flags(settings)
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
     first = expand_home(first)
     if first.resume is not None:
+        sys.excepthook = functools.partial(say_how_to_go_on, Path(first.resume))
         default = dataclasses.replace(load_args(first.resume, settings), resume=first.resume)
     elif first.evaluate is not None:
         default = dataclasses.replace(load_args(first.evaluate, settings), evaluate=first.evaluate)
@@ -1312,7 +1330,7 @@ def expand_home(args: Args) -> Args:
     return dataclasses.replace(args, **changes)
 
 
-def expanded(path: str) -> Path:
+def expanded(path: str | Path) -> Path:
     """A path with the home folder in place of a ~. Raises SystemExit where there is none."""
     try:
         return Path(path).expanduser()
@@ -1352,7 +1370,31 @@ def check_ranges(args: Args) -> None:
     """Stop where a setting is none of the values that its type names. Raises SystemExit."""
     check_fields(args)
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        check_value("--" + name.replace("_", "-"), getattr(args, name), kind)
+        flag = "--" + name.replace("_", "-")
+        value = getattr(args, name)
+        check_value(flag, value, kind)
+        try:
+            text = json.dumps(value, ensure_ascii=False).encode()
+            comes_back = from_json(text) == value
+        except (TypeError, ValueError):
+            comes_back = False
+        if not comes_back:
+            allowed = "a number, a text in UTF-8, True, False, None or a tuple of these"
+            sys.exit(f"{flag} is {value!r}, which args.json cannot hold: it holds {allowed}")
+
+
+def from_json(text: str | bytes):
+    """What a JSON text holds, with tuples for its lists."""
+    return as_tuples(json.loads(text))
+
+
+def as_tuples(value):
+    """A value of JSON's with tuples for its lists, also for lists in lists and in a dict."""
+    if isinstance(value, list):
+        return tuple(as_tuples(entry) for entry in value)
+    if isinstance(value, dict):
+        return {key: as_tuples(entry) for key, entry in value.items()}
+    return value
 
 
 def check_value(flag: str, value, kind: type) -> None:
@@ -1412,6 +1454,15 @@ def check_fields(args: Args) -> None:
             sys.exit(f"the default of {field.name} in {kind.__name__} has no effect: {advice}")
 
 
+def lasting_settings(args: Args) -> dict:
+    """The settings as args.json gives them back: with absolute paths, and without `resume`."""
+    settings = vars(args) | {"resume": None}
+    for name in ("dataset_path", "dynamics_from"):  # --resume may be called from another folder
+        if settings[name]:
+            settings[name] = str(expanded(settings[name]).absolute())
+    return from_json(json.dumps(settings))
+
+
 def note_changes(args: Args) -> None:
     """Say in which settings of `PAPER` the run differs from the task's row."""
     changes = []
@@ -1443,14 +1494,32 @@ def hide_unused_flags(settings: type) -> None:
 
 
 def say_how_to_go_on(run: Path | None, kind: type, error: BaseException, trace) -> None:
-    """Python's hook for what nobody catches: Ctrl-C becomes a line, also in the folder of a run."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-    elif run is not None and (run / "checkpoint.pt").exists():
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
-        tqdm.write(f"stopped; this goes on from the last checkpoint: {command}", file=sys.stderr)
+    """Python's hook for what nobody catches: Ctrl-C becomes a line, also in the folder of a run.
+
+    So does that nobody takes what is printed, as `head` does after ten lines.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        end = "stopped"
+    elif issubclass(kind, OSError) and not can_print():
+        end = f"stopped, since nothing more can be printed ({error.strerror})"
     else:
-        tqdm.write("stopped, before there was a checkpoint: start it again", file=sys.stderr)
+        sys.__excepthook__(kind, error, trace)
+        return
+    if run is not None and (run / "checkpoint.pt").exists():
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
+        tqdm.write(f"{end}; this goes on from the last checkpoint: {command}", file=sys.stderr)
+    else:
+        tqdm.write(f"{end}, with no checkpoint to go on from: start it again", file=sys.stderr)
+
+
+def can_print() -> bool:
+    """Whether standard output takes more. If not, it leads nowhere from now on."""
+    try:
+        print(flush=True)  # an empty line
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def refuse_new_flags(mode: str, args: Args, saved: Args, may_be_new: tuple[str, ...]) -> None:
@@ -1504,7 +1573,10 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     if len(reward) == 0:
         sys.exit(f"{path}: no row has a known s': store next_observations")
     if reward.min() == reward.max():
-        sys.exit(f"{path}: all rewards whose s' is stored are equal: there is nothing to learn")
+        sys.exit(
+            f"{path}: all rewards whose s' is stored are equal, so there is nothing to learn; if "
+            "rewards come with terminals alone, store next_observations, too"
+        )
     return data | {"source": source}
 
 
@@ -2807,9 +2879,10 @@ def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.
 
 
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
-    """Scores [episodes] of the policy `method.act`; k numbers the evaluations of a run.
+    """Scores [episodes] of the policy `method.act`.
 
-    The training's random numbers stay as they are, so that it may be evaluated at any time.
+    k numbers the evaluations of a run, and the final one is 0. The training's random numbers stay
+    as they are, so that it may be evaluated at any time.
     """
     asynchronous = args.async_envs
     if asynchronous is None:  # with a GPU the other cores are idle; a few cores gain nothing
@@ -2982,13 +3055,14 @@ class Run:
         args.json             at the start                 the settings
         *.py                  at the start                 the script, and those it derives from
         events.out.tfevents*  every --log-every            TensorBoard's curves
-        model.pt              after the first fit          the model, for --dynamics-from
+        model.pt              after the first fit          that model, for --dynamics-from
         policy.pt             every --checkpoint-every     the networks that act, for --evaluate
         curves.png            every --checkpoint-every     the scores against the iterations
         checkpoint.pt         every --checkpoint-every     all that --resume needs
         result.json           at the end                   scores, settings, times, versions
         episode.gif           at the end                   an episode, with --capture-video
-        lock                  at the start                 nothing; whose process writes here
+        lock                  at the start                 whose process writes here, and the names
+                                                           of the TensorBoard files it wrote
 
     `method` is a module with `act`, `device`, `obs_dim`, `action_dim` and `acting`, the names of
     the networks that `act` uses. It may have `final_numbers`, of which result.json holds what it
@@ -2997,6 +3071,7 @@ class Run:
 
     def __init__(self, args: Args, method: nn.Module, source: dict):
         self.args = args
+        self.settings = lasting_settings(args)
         self.method = method
         self.source = source
         self.iteration = 0  # how many are done
@@ -3008,6 +3083,8 @@ class Run:
         self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
         self.phase_points = {}  # how often each such phase has reported
         self.saved_at = time.monotonic()  # when the last checkpoint was written, or the run began
+        self.event_files = set()  # the names of TensorBoard's files that this run has written
+        self.events_to_keep = {}  # name and size of those at the checkpoint of --resume
         # TensorBoard's files before the points that only the end of a run has: see `is_due`.
         self.extra_points_from = None
         self.rollouts_judged = False  # by note_odd_rollouts
@@ -3016,7 +3093,7 @@ class Run:
         note_changes(args)
         vector_env.cache_clear()  # a notebook may have changed the task since the last run
         if args.resume:
-            self.folder = Path(args.resume)
+            self.folder = expanded(args.resume)
             saved = dataclasses.replace(load_args(args.resume, type(args)), resume=args.resume)
             refuse_new_flags("--resume", args, saved, ("run_dir", *NEW_WITH_RESUME))
             self.lock = lock_folder(self.folder)
@@ -3028,12 +3105,13 @@ class Run:
         sys.excepthook = functools.partial(say_how_to_go_on, self.folder)
         self.first_iteration = self.iteration
         self.save_origin()
+        if args.resume:  # after args.json: a run killed before it is still to be extended, if it is
+            self.cut_events()
         if args.track:
             self.start_wandb()
         # TensorBoard's thread would print a traceback of a full disk. `log` says it in a sentence.
         threading.excepthook = ignore_os_errors
-        with writing(self.folder / "events.out.tfevents"):
-            self.writer = SummaryWriter(str(self.folder))
+        self.open_events()
         start = f", and goes on at iteration {self.iteration}" if args.resume else ""
         self.bar.write(f"this run writes to {self.folder}{start}")
 
@@ -3051,15 +3129,12 @@ class Run:
 
     def save_origin(self) -> None:
         """Save the settings and the scripts. A script that was edited since is kept beside."""
-        settings = vars(self.args) | {"resume": None}
-        if self.args.dataset_path:  # --resume may be called from another folder
-            settings["dataset_path"] = str(expanded(self.args.dataset_path).absolute())
-        save(settings, self.folder / "args.json")
+        save(self.settings, self.folder / "args.json")
         for file in source_files(type(self.method)):
             content = file.read_bytes()
             copy = self.folder / file.name
             for number in itertools.count(2):
-                if not copy.exists() or copy.read_bytes() == content:
+                if not copy.exists() or (copy.is_file() and copy.read_bytes() == content):
                     break
                 copy = self.folder / f"{file.stem}.{number}.py"
             if copy.name != file.name:
@@ -3109,17 +3184,35 @@ class Run:
             return saved or self.iteration % args.log_every == 0
         return True
 
+    def open_events(self) -> None:
+        """Begin a file of TensorBoard's. Its name goes into the lock: the run changes no others."""
+        with writing(self.folder / "events.out.tfevents"):
+            others = {file.name for file in self.folder.glob("events.out.tfevents*")}
+            self.writer = SummaryWriter(str(self.folder))
+            for file in self.folder.glob("events.out.tfevents*"):
+                if file.name not in others:
+                    self.event_files.add(file.name)
+                    with open(self.folder / "lock", "a") as lock:
+                        lock.write(file.name + "\n")
+
     def event_sizes(self) -> dict[str, int]:
-        """Name and size, with all that has been logged so far, of TensorBoard's files."""
+        """Name and size, with all that has been logged so far, of the run's TensorBoard files."""
         with writing(self.folder / "events.out.tfevents"):
             self.writer.flush()
             files = self.folder.glob("events.out.tfevents*")
-            return {file.name: file.stat().st_size for file in files}
+            own_files = [file for file in files if file.name in self.event_files]
+            return {file.name: file.stat().st_size for file in own_files}
 
-    def cut_events(self, sizes: dict[str, int]) -> None:
-        """Take from TensorBoard's files what was logged after `event_sizes`; it is logged again."""
+    def cut_events(self) -> None:
+        """Take from the run's TensorBoard files what was logged after the checkpoint.
+
+        It is logged again.
+        """
+        sizes = self.events_to_keep
         for file in self.folder.glob("events.out.tfevents*"):
             with writing(file):
+                if file.name not in self.event_files:
+                    continue
                 if file.name not in sizes:
                     file.unlink()
                 elif file.stat().st_size > sizes[file.name]:
@@ -3170,6 +3263,17 @@ class Run:
         self.log("evaluation", {"eval/" + self.measure.replace(" ", "_"): score})
         self.bar.write(f"iteration {self.iteration}: {self.measure} {score:.1f}")
 
+    def keep_lock(self) -> None:
+        """Lock the folder again if somebody removed the lock, or stop if another process has it."""
+        if self.lock is None:
+            return
+        try:
+            kept = os.path.samestat(os.fstat(self.lock), os.stat(self.folder / "lock"))
+        except OSError:
+            kept = False
+        if not kept:
+            self.lock = lock_folder(self.folder)
+
     def save_checkpoint(self) -> None:
         """Save policy.pt, curves.png and checkpoint.pt.
 
@@ -3179,6 +3283,7 @@ class Run:
         method = self.method
         if method.unfinished:  # resumed within a long phase: checkpoint.pt is further than this
             return
+        self.keep_lock()
         policy = {
             **self.origin(),
             "policy": {name: getattr(method, name).state_dict() for name in method.acting},
@@ -3189,20 +3294,22 @@ class Run:
             self.plot_curves()
         self.write_checkpoint()
 
-    def origin(self) -> dict[str, str]:
-        """Of which script, class and task this is a run."""
+    def origin(self) -> dict:
+        """Of which script, class, task and settings this is a run."""
         kind = type(self.method).__name__
-        return {"algo": self.algo, "kind": kind, "env_id": self.args.env_id}
+        env_id = self.args.env_id
+        return {"algo": self.algo, "kind": kind, "env_id": env_id, "args": self.settings}
 
     def write_checkpoint(self) -> None:
         """Save checkpoint.pt, also within a long phase."""
+        self.keep_lock()
         method = self.method
         events = self.event_sizes()
         checkpoint = {
             **self.origin(),
             **self.source,
-            "args": vars(self.args),
             "versions": versions(),
+            "threads": torch.get_num_threads(),
             "events": events,
             "events_of_longer_run": self.extra_points_from or events,
             "iteration": self.iteration,
@@ -3248,7 +3355,9 @@ class Run:
                 every = self.args.eval_every
                 self.curve = [point for point in self.curve if point[0] % every == 0]
                 events = saved["events_of_longer_run"]
-            self.cut_events(events)
+            self.events_to_keep = events
+            own_files = (self.folder / "lock").read_text(errors="replace").splitlines()
+            self.event_files = {*saved["events"], *own_files}
             other = saved["device"]
             if other != device:
                 print(f"note: resumed on {device}, which draws otherwise than {other} did")
@@ -3259,10 +3368,9 @@ class Run:
             old = saved["versions"][package]
             if version != old:
                 print(f"note: {package} is {version} and was {old}: numbers may differ")
-        for name, old in saved["args"].items():
-            value = getattr(self.args, name)
-            if name not in ("run_dir", "resume", *NEW_WITH_RESUME) and value != old:
-                print(f"note: args.json was edited: {name} is {value} and was {old}")
+        threads = torch.get_num_threads()
+        if threads != saved["threads"]:
+            print(f"note: {threads} CPU threads, and not {saved['threads']}: numbers may differ")
 
     def plot_curves(self) -> None:
         """Draw curves.png: the scores of the evaluations against the iterations."""
@@ -3283,7 +3391,7 @@ class Run:
         final_numbers = {}
         if hasattr(self.method, "final_numbers"):
             final_numbers = self.method.final_numbers()
-        final = evaluate(self.method, args, args.final_episodes, 0)
+        final = evaluate(self.method, args, args.final_episodes, k=0)
         scores = [score for _, score in self.curve]
         mean_last_ten = float(np.mean(scores[-10:]))
         result = {
@@ -3293,7 +3401,7 @@ class Run:
             **self.source,
             "curve": self.curve,
             "seed": args.seed,
-            "args": vars(args),
+            "args": self.settings,
             "seconds": seconds,
             "measure": self.measure,
             "last": scores[-1],
@@ -3312,8 +3420,7 @@ class Run:
         report(self.method, args, final, self.folder)
         count = "ten" if len(scores) >= 10 else len(scores)
         print(f"mean of the last {count}: {mean_last_ten:.1f}; see {self.folder}")
-        if self.lock is not None:
-            os.close(self.lock)
+        release_locks()
         return result
 
 
@@ -3443,8 +3550,11 @@ def note_odd_rollouts(method: nn.Module, terminated: float) -> None:
 
 
 # ----- files -----
+LOCKS = []  # the files that hold this process's locks, open
+
+
 def lock_folder(folder: Path) -> int | None:
-    """Keep other processes out of a run's folder until this one ends, however it ends.
+    """Keep other processes out of a run's folder until release_locks, or until this process ends.
 
     -> the open file that holds the lock, or None where there are no locks. Whoever holds it removes
     what a killed process left half-written. Raises SystemExit where another process has it.
@@ -3452,20 +3562,45 @@ def lock_folder(folder: Path) -> int | None:
     with writing(folder / "lock"):
         file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        # Not flock: that would live on in worker processes, and keep this process, too, from
-        # resuming a run that it began.
+        # Not lockf: that would end when this process reads the file, as to copy the folder.
         fcntl = importlib.import_module("fcntl")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
         os.close(file)
         if getattr(error, "errno", None) in (errno.EACCES, errno.EAGAIN):
             sys.exit(f"another process works in {folder}: wait for its end, or stop it first")
         print(f"note: no locks here ({error}): see to it that no other process uses {folder}")
         return None
+    LOCKS.append(file)
     for part in folder.glob("*.part"):
         with writing(part):
             part.unlink()
     return file
+
+
+def release_locks() -> None:
+    """Let other processes into the folders that this one has locked."""
+    while LOCKS:
+        os.close(LOCKS.pop())
+
+
+def unlocking(function: Callable) -> Callable:
+    """`function`, after which, however it ends, this process keeps no lock."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        finally:
+            release_locks()
+
+    return call
+
+
+# A notebook lives on after its training has failed, and another process may go on then.
+train = unlocking(train)
+if hasattr(os, "register_at_fork"):  # a worker process, which may outlive this one, holds no lock
+    os.register_at_fork(after_in_child=release_locks)
 
 
 @contextlib.contextmanager
@@ -3487,7 +3622,7 @@ def replacing(path: Path):
     part = Path(f"{path}.{os.getpid()}.part")
     with writing(path):
         try:
-            with open(part, "wb") as file:
+            with open(part, "w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())  # else the new name might reach the disk before the content
@@ -3509,6 +3644,9 @@ def save(content, path: Path) -> None:
             content.savefig(file, format="png")
         else:
             torch.save(content, file)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.write(digest.encode())  # `check_sum` reads it; torch.load does not mind it
 
 
 @contextlib.contextmanager
@@ -3516,27 +3654,32 @@ def loading(path: Path, device: torch.device | str = "cpu"):
     """`with loading(path) as content:` where any error, also in the block, ends in one sentence."""
     try:
         if path.suffix == ".json":
-            yield json.loads(path.read_text())
+            yield from_json(path.read_text())
         else:
-            with zipfile.ZipFile(path) as parts:  # as which torch.save writes
-                damaged = parts.testzip()  # torch.load does not look at the checksums
-            if damaged is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+            check_sum(path)
             yield torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         sys.exit(f"there is no {path}: did that run get so far?")
-    except Exception as error:  # torch, pickle, zipfile and our look-ups raise errors of their own
+    except Exception as error:  # torch, pickle, JSON and our look-ups raise errors of their own
         reason = " ".join(str(error).split())[:200]
         sys.exit(f"{path} is damaged or of another setting ({reason})")
 
 
+def check_sum(path: Path) -> None:
+    """Raise ValueError unless a file ends in the checksum, as 64 letters, of what precedes it.
+
+    torch.load looks at no checksum, and where there is one in its format, the headers have none.
+    """
+    content = np.memmap(path, np.uint8, "r")
+    digest = hashlib.sha256(content[:-64]).hexdigest()
+    if content[-64:].tobytes() != digest.encode():
+        raise ValueError("the checksum at its end is not that of its content")
+
+
 def load_args(run: str, settings: type = Args) -> Args:
     """The settings that a run was started with, checked like those of a command line."""
-    path = Path(run) / "args.json"
+    path = expanded(run) / "args.json"
     with loading(path) as saved:
-        for name, value in saved.items():
-            if isinstance(value, list):  # JSON has no tuples
-                saved[name] = tuple(value)
         if isinstance(saved.get("threads"), int):  # this machine may have fewer cores
             saved["threads"] = min(saved["threads"], os.cpu_count())
         unknown = saved.keys() - {field.name for field in dataclasses.fields(settings)}
@@ -3584,6 +3727,8 @@ def save_model(method: nn.Module, error: Tensor, run: Path, source: dict) -> Non
     content = {
         "env_id": method.args.env_id,
         "sha256": source["sha256"],
+        "seed": method.args.seed,
+        "holdout_size": method.args.holdout_size,
         "model": method.model.state_dict(),
         "optimizer": method.model_optimizer.state_dict(),
         "error": error,
@@ -3591,12 +3736,15 @@ def save_model(method: nn.Module, error: Tensor, run: Path, source: dict) -> Non
     save(content, run / "model.pt")
 
 
-def load_model(method: nn.Module, run: Path, source: dict) -> None:
+def load_model(
+    method: nn.Module, run: str | Path, source: dict, keep_in: Path | None = None
+) -> None:
     """Take the model that save_model saved, and choose its elites by the saved errors.
 
-    Raises SystemExit where it is of another task. Other data of the task are said.
+    A copy goes to the folder `keep_in`. Raises SystemExit where the model is of another task. Other
+    data of the task are said.
     """
-    path = run / "model.pt"
+    path = expanded(run) / "model.pt"
     env_id = method.args.env_id
     with loading(path, method.device) as saved:
         if saved["env_id"] != env_id:
@@ -3606,10 +3754,12 @@ def load_model(method: nn.Module, run: Path, source: dict) -> None:
         method.model.load_state_dict(saved["model"])
         load_optimizer(method.model_optimizer, saved["optimizer"])
         method.choose_elites(saved["error"])
+    if keep_in is not None:
+        save(saved, keep_in / "model.pt")
 
 
 def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: Args) -> None:
-    """Stop if what was saved is of another class or task. Raises SystemExit.
+    """Stop if what was saved is of another class, task or settings. Raises SystemExit.
 
     Another name of the script is said, because a script may be copied and go on.
     """
@@ -3618,6 +3768,11 @@ def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: 
         sys.exit(f"{run} is a run of {saved['kind']}, not of {own}: start the script of that class")
     if saved["env_id"] != args.env_id:
         sys.exit(f"{run} holds what was learned on {saved['env_id']}, not on {args.env_id}")
+    settings = lasting_settings(args)
+    for name, old in saved["args"].items():
+        value = settings.get(name)
+        if name not in ("run_dir", *NEW_WITH_RESUME) and value != old:
+            sys.exit(f"{run}/args.json was edited, put it back: {name} is {value} and was {old}")
     name = name_of(type(method))
     if saved["algo"] != name:
         print(f"note: {run} was made by {saved['algo']}, and this is {name}")
@@ -3626,7 +3781,7 @@ def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: 
 def load_policy(run: str, settings: type = Args, method: type = AMPL) -> nn.Module:
     """A method that acts as the policy of a saved run did, on the CPU. Raises SystemExit."""
     args = load_args(run, settings)
-    path = Path(run) / "policy.pt"
+    path = expanded(run) / "policy.pt"
     with loading(path) as saved:
         obs_dim, action_dim = saved["sizes"]
         policy = method(args, obs_dim, action_dim, torch.device("cpu"))

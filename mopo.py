@@ -5,7 +5,7 @@
 #   "matplotlib==3.11.2", "mujoco==4.0.0", "numpy==2.4.6", "pillow==13.0.0", "tensorboard==2.21.0",
 #   "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
-# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# [tool.uv]  # d4rl is only a table of URLs here: what it asks for is never installed
 # override-dependencies = [
 #   "click; python_version < '0'", "dm-control; python_version < '0'",
 #   "gym; python_version < '0'", "mjrl; python_version < '0'",
@@ -85,13 +85,12 @@ import time
 import urllib.error
 import urllib.request
 import warnings
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-# Threads that wait for work spin, which stops the others on a busy machine: beside one more process
-# an iteration took 518 ms instead of 26. With this it takes 67, and 29 on an idle machine.
+# Threads that wait for work spin, which stops the others on a busy machine. With this they spin
+# less: an iteration beside one more process takes 67 ms instead of 518, one alone 29 instead of 26.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
@@ -117,7 +116,7 @@ class Range(NamedTuple):
     """From `low` to `high`, both included, unless low_is_allowed is False."""
 
     low: float
-    high: float = 1e9  # far above all that makes sense, and a product of a few is no infinity
+    high: float = 1e9  # above all that makes sense; a product of a few stays finite
     low_is_allowed: bool = True
 
 
@@ -138,7 +137,7 @@ Number = Annotated[float, Range(-1e9), tyro.conf.arg(metavar="FLOAT")]
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
-    env_id: str = "hopper-medium-replay-v2"  # task in PAPER, D4RL or gymnasium
+    env_id: str = "hopper-medium-replay-v2"  # task in PAPER, or any with a simulator
     dataset_path: str | None = None  # HDF5 file (default: the task's in D4RL's folder)
     seed: Seed = 0  # seed of all random draws (the paper reports six)
     total_iterations: Count = 1_000_000  # iterations of the main loop (task)
@@ -240,8 +239,11 @@ Progress = Callable[[str, int, int | None, Scalars], None]
 
 
 class Batch(NamedTuple):
-    """Transitions. Rows cut off by a time limit were dropped on loading, so `terminated` always
-    means a real end."""
+    """Transitions.
+
+    In the data `terminated` means a real end, since rows that a time limit cut off were dropped on
+    loading. In the model it also means a step outside the data: see `end_outside_data`.
+    """
 
     obs: Tensor  # [B, S]
     action: Tensor  # [B, A]
@@ -290,10 +292,10 @@ def squashed_sample(mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tenso
     """tanh(u) with u = mean + std * noise, all [..., A], and its log-density [...]."""
     u = mean + log_std.exp() * noise
     log_density = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)  # of u
-    # The tanh shrinks lengths by 1 - tanh(u)^2. In this form its logarithm stays finite where
-    # tanh(u) rounds to 1.
-    log_shrinkage = 2 * (math.log(2) - u - F.softplus(-2 * u))
-    return torch.tanh(u), (log_density - log_shrinkage).sum(-1)
+    # The tanh raises the density by 1 / (1 - tanh(u)^2). In this form the logarithm of that stays
+    # finite where tanh(u) rounds to 1.
+    log_growth = 2 * (u + F.softplus(-2 * u) - math.log(2))
+    return torch.tanh(u), (log_density + log_growth).sum(-1)
 
 
 class TwinCritic(nn.Module):
@@ -368,8 +370,8 @@ class ModelEnsemble(nn.Module):
         """Keep mean and standard deviation of inputs [rows, S + A]."""
         std, mean = torch.std_mean(inputs.double(), 0, correction=0)
         self.input_mean.copy_(mean)
-        # Code: a deviation below 1e-12 counts as 1. Here: the model does not see an input that
-        # deviates by less than 0.001, since it would be huge once it changed.
+        # Code: a deviation below 1e-12 counts as 1. Here: an input that deviates by less than 0.001
+        # would be huge once it changed. It is divided by 1e12, so that the model sees 0.
         self.input_std.copy_(input_scale(std))
 
     def standardise(self, inputs: Tensor) -> Tensor:
@@ -451,7 +453,8 @@ def soft_target(
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
     """The sum of half the squared errors of all critics: q [2, B], target [B]."""
-    return sum(0.5 * F.mse_loss(q_j, target) for q_j in q)
+    # mse_loss is a mean over the critics, too; times their number it is a sum.
+    return 0.5 * len(q) * F.mse_loss(q, target.expand_as(q))
 
 
 def policy_loss(q: Tensor, log_prob: Tensor, alpha: Tensor) -> Tensor:
@@ -488,8 +491,9 @@ class MOPO(nn.Module):
     for a tensor's value and hold no `if` on what changes between calls.
 
     Variants of the method derive from this class, and their settings from Args. What their steps
-    change must be a parameter or a buffer; what they draw must be drawn by torch on self.device and
-    stay a tensor. A CUDA graph freezes all else, and --resume does not restore it.
+    change must be a parameter or a buffer, made with its optimizer in __init__ or set_data; what
+    they draw must be drawn by torch on self.device and stay a tensor. A CUDA graph freezes all
+    else, and --resume does not restore it.
     """
 
     Model = ModelEnsemble
@@ -741,13 +745,13 @@ class MOPO(nn.Module):
         # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         shape = (model.members, len(train_rows))
         bootstrap = train_rows[torch.randint(len(train_rows), shape, device=self.device)]
-        order = bootstrap.clone()  # the rows in the order of the epoch
-        position = torch.zeros((), dtype=torch.long, device=self.device)  # in that order
+        order = bootstrap.clone()  # the rows in the epoch's order, written in place for `capture`
+        position = torch.zeros((), dtype=torch.long, device=self.device)  # in that order, likewise
         step = capture(functools.partial(self.model_step, inputs, targets, order, position), args)
-        best_error = torch.full((model.members,), 1e32, device=self.device)
+        best_error = torch.full((model.members,), 1e32, device=self.device)  # inf / inf is NaN
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit, patience {args.model_patience} epochs"
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, unless resumed in a fit
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, or where a fit stopped
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:
@@ -756,7 +760,7 @@ class MOPO(nn.Module):
             for _ in range(math.ceil(len(train_rows) / args.model_batch_size)):
                 logs = step()
             error = self.holdout_error(inputs[held_out], targets[held_out])  # [M]
-            improved = (best_error - error) / best_error > 0.01  # [M]; inf / inf would be NaN
+            improved = (best_error - error) / best_error > 0.01  # [M]
             best_error = torch.where(improved, error, best_error)
             for name, tensor in model.layers.state_dict().items():
                 best_layers[name][improved] = tensor[improved]  # the first axis is the member
@@ -864,7 +868,7 @@ def train(args: Args, method: type = MOPO, arrays: dict[str, np.ndarray] | None 
     rollout = capture(mopo.rollout, args)
 
     if run.iteration == 0 and args.dynamics_from:
-        load_model(mopo, Path(args.dynamics_from), dataset["source"])
+        load_model(mopo, args.dynamics_from, dataset["source"], run.folder)
     elif run.iteration == 0:
         error = mopo.fit_model(run.progress)
         save_model(mopo, error, run.folder, dataset["source"])
@@ -882,7 +886,7 @@ def train(args: Args, method: type = MOPO, arrays: dict[str, np.ndarray] | None 
         last = run.iteration == args.total_iterations
         save_now = last or run.iteration % args.checkpoint_every == 0
         if run.iteration % args.log_every == 0 or save_now:
-            run.log("training", logs | rollout_logs)  # stops at NaN, before a file could hold it
+            run.log("training", logs | rollout_logs)  # stops at NaN, so no checkpoint holds it
         if run.iteration % args.eval_every == 0 or last:
             run.add_to_curve()
         if save_now:
@@ -895,7 +899,7 @@ def main(settings: type = Args, method: type = MOPO) -> None:
     args = parse_args(settings)
     if args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        scores = evaluate(policy, args, args.final_episodes, 0)
+        scores = evaluate(policy, args, args.final_episodes, k=0)  # the final one
         report(policy, args, scores, Path(args.evaluate))
     else:
         with enough_memory():
@@ -993,13 +997,17 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     The command line is read twice. A first look finds the task, or the saved run; the defaults
     of the second look are the settings of that task or run, so that --help shows them.
     """
+    if sys.stderr is None:  # some of the libraries cannot do without, nor could a mistake be said
+        print("standard error is closed: send it somewhere, as with 2>/dev/null")
+        sys.exit(1)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that it cannot print
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.excepthook = functools.partial(say_how_to_go_on, None)
     hide_unused_flags(settings)
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
     first = expand_home(first)
     if first.resume is not None:
+        sys.excepthook = functools.partial(say_how_to_go_on, Path(first.resume))
         default = dataclasses.replace(load_args(first.resume, settings), resume=first.resume)
     elif first.evaluate is not None:
         default = dataclasses.replace(load_args(first.evaluate, settings), evaluate=first.evaluate)
@@ -1041,7 +1049,7 @@ def expand_home(args: Args) -> Args:
     return dataclasses.replace(args, **changes)
 
 
-def expanded(path: str) -> Path:
+def expanded(path: str | Path) -> Path:
     """A path with the home folder in place of a ~. Raises SystemExit where there is none."""
     try:
         return Path(path).expanduser()
@@ -1081,7 +1089,31 @@ def check_ranges(args: Args) -> None:
     """Stop where a setting is none of the values that its type names. Raises SystemExit."""
     check_fields(args)
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        check_value("--" + name.replace("_", "-"), getattr(args, name), kind)
+        flag = "--" + name.replace("_", "-")
+        value = getattr(args, name)
+        check_value(flag, value, kind)
+        try:
+            text = json.dumps(value, ensure_ascii=False).encode()
+            comes_back = from_json(text) == value
+        except (TypeError, ValueError):
+            comes_back = False
+        if not comes_back:
+            allowed = "a number, a text in UTF-8, True, False, None or a tuple of these"
+            sys.exit(f"{flag} is {value!r}, which args.json cannot hold: it holds {allowed}")
+
+
+def from_json(text: str | bytes):
+    """What a JSON text holds, with tuples for its lists."""
+    return as_tuples(json.loads(text))
+
+
+def as_tuples(value):
+    """A value of JSON's with tuples for its lists, also for lists in lists and in a dict."""
+    if isinstance(value, list):
+        return tuple(as_tuples(entry) for entry in value)
+    if isinstance(value, dict):
+        return {key: as_tuples(entry) for key, entry in value.items()}
+    return value
 
 
 def check_value(flag: str, value, kind: type) -> None:
@@ -1141,6 +1173,15 @@ def check_fields(args: Args) -> None:
             sys.exit(f"the default of {field.name} in {kind.__name__} has no effect: {advice}")
 
 
+def lasting_settings(args: Args) -> dict:
+    """The settings as args.json gives them back: with absolute paths, and without `resume`."""
+    settings = vars(args) | {"resume": None}
+    for name in ("dataset_path", "dynamics_from"):  # --resume may be called from another folder
+        if settings[name]:
+            settings[name] = str(expanded(settings[name]).absolute())
+    return from_json(json.dumps(settings))
+
+
 def note_changes(args: Args) -> None:
     """Say in which settings of `PAPER` the run differs from the task's row."""
     changes = []
@@ -1172,14 +1213,32 @@ def hide_unused_flags(settings: type) -> None:
 
 
 def say_how_to_go_on(run: Path | None, kind: type, error: BaseException, trace) -> None:
-    """Python's hook for what nobody catches: Ctrl-C becomes a line, also in the folder of a run."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-    elif run is not None and (run / "checkpoint.pt").exists():
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
-        tqdm.write(f"stopped; this goes on from the last checkpoint: {command}", file=sys.stderr)
+    """Python's hook for what nobody catches: Ctrl-C becomes a line, also in the folder of a run.
+
+    So does that nobody takes what is printed, as `head` does after ten lines.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        end = "stopped"
+    elif issubclass(kind, OSError) and not can_print():
+        end = f"stopped, since nothing more can be printed ({error.strerror})"
     else:
-        tqdm.write("stopped, before there was a checkpoint: start it again", file=sys.stderr)
+        sys.__excepthook__(kind, error, trace)
+        return
+    if run is not None and (run / "checkpoint.pt").exists():
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
+        tqdm.write(f"{end}; this goes on from the last checkpoint: {command}", file=sys.stderr)
+    else:
+        tqdm.write(f"{end}, with no checkpoint to go on from: start it again", file=sys.stderr)
+
+
+def can_print() -> bool:
+    """Whether standard output takes more. If not, it leads nowhere from now on."""
+    try:
+        print(flush=True)  # an empty line
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def refuse_new_flags(mode: str, args: Args, saved: Args, may_be_new: tuple[str, ...]) -> None:
@@ -1233,7 +1292,10 @@ def load_dataset(args: Args, arrays: dict[str, np.ndarray] | None = None) -> dic
     if len(reward) == 0:
         sys.exit(f"{path}: no row has a known s': store next_observations")
     if reward.min() == reward.max():
-        sys.exit(f"{path}: all rewards whose s' is stored are equal: there is nothing to learn")
+        sys.exit(
+            f"{path}: all rewards whose s' is stored are equal, so there is nothing to learn; if "
+            "rewards come with terminals alone, store next_observations, too"
+        )
     return data | {"source": source}
 
 
@@ -2536,9 +2598,10 @@ def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.
 
 
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
-    """Scores [episodes] of the policy `method.act`; k numbers the evaluations of a run.
+    """Scores [episodes] of the policy `method.act`.
 
-    The training's random numbers stay as they are, so that it may be evaluated at any time.
+    k numbers the evaluations of a run, and the final one is 0. The training's random numbers stay
+    as they are, so that it may be evaluated at any time.
     """
     asynchronous = args.async_envs
     if asynchronous is None:  # with a GPU the other cores are idle; a few cores gain nothing
@@ -2711,13 +2774,14 @@ class Run:
         args.json             at the start                 the settings
         *.py                  at the start                 the script, and those it derives from
         events.out.tfevents*  every --log-every            TensorBoard's curves
-        model.pt              after the first fit          the model, for --dynamics-from
+        model.pt              after the first fit          that model, for --dynamics-from
         policy.pt             every --checkpoint-every     the networks that act, for --evaluate
         curves.png            every --checkpoint-every     the scores against the iterations
         checkpoint.pt         every --checkpoint-every     all that --resume needs
         result.json           at the end                   scores, settings, times, versions
         episode.gif           at the end                   an episode, with --capture-video
-        lock                  at the start                 nothing; whose process writes here
+        lock                  at the start                 whose process writes here, and the names
+                                                           of the TensorBoard files it wrote
 
     `method` is a module with `act`, `device`, `obs_dim`, `action_dim` and `acting`, the names of
     the networks that `act` uses. It may have `final_numbers`, of which result.json holds what it
@@ -2726,6 +2790,7 @@ class Run:
 
     def __init__(self, args: Args, method: nn.Module, source: dict):
         self.args = args
+        self.settings = lasting_settings(args)
         self.method = method
         self.source = source
         self.iteration = 0  # how many are done
@@ -2737,6 +2802,8 @@ class Run:
         self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
         self.phase_points = {}  # how often each such phase has reported
         self.saved_at = time.monotonic()  # when the last checkpoint was written, or the run began
+        self.event_files = set()  # the names of TensorBoard's files that this run has written
+        self.events_to_keep = {}  # name and size of those at the checkpoint of --resume
         # TensorBoard's files before the points that only the end of a run has: see `is_due`.
         self.extra_points_from = None
         self.rollouts_judged = False  # by note_odd_rollouts
@@ -2745,7 +2812,7 @@ class Run:
         note_changes(args)
         vector_env.cache_clear()  # a notebook may have changed the task since the last run
         if args.resume:
-            self.folder = Path(args.resume)
+            self.folder = expanded(args.resume)
             saved = dataclasses.replace(load_args(args.resume, type(args)), resume=args.resume)
             refuse_new_flags("--resume", args, saved, ("run_dir", *NEW_WITH_RESUME))
             self.lock = lock_folder(self.folder)
@@ -2757,12 +2824,13 @@ class Run:
         sys.excepthook = functools.partial(say_how_to_go_on, self.folder)
         self.first_iteration = self.iteration
         self.save_origin()
+        if args.resume:  # after args.json: a run killed before it is still to be extended, if it is
+            self.cut_events()
         if args.track:
             self.start_wandb()
         # TensorBoard's thread would print a traceback of a full disk. `log` says it in a sentence.
         threading.excepthook = ignore_os_errors
-        with writing(self.folder / "events.out.tfevents"):
-            self.writer = SummaryWriter(str(self.folder))
+        self.open_events()
         start = f", and goes on at iteration {self.iteration}" if args.resume else ""
         self.bar.write(f"this run writes to {self.folder}{start}")
 
@@ -2780,15 +2848,12 @@ class Run:
 
     def save_origin(self) -> None:
         """Save the settings and the scripts. A script that was edited since is kept beside."""
-        settings = vars(self.args) | {"resume": None}
-        if self.args.dataset_path:  # --resume may be called from another folder
-            settings["dataset_path"] = str(expanded(self.args.dataset_path).absolute())
-        save(settings, self.folder / "args.json")
+        save(self.settings, self.folder / "args.json")
         for file in source_files(type(self.method)):
             content = file.read_bytes()
             copy = self.folder / file.name
             for number in itertools.count(2):
-                if not copy.exists() or copy.read_bytes() == content:
+                if not copy.exists() or (copy.is_file() and copy.read_bytes() == content):
                     break
                 copy = self.folder / f"{file.stem}.{number}.py"
             if copy.name != file.name:
@@ -2838,17 +2903,35 @@ class Run:
             return saved or self.iteration % args.log_every == 0
         return True
 
+    def open_events(self) -> None:
+        """Begin a file of TensorBoard's. Its name goes into the lock: the run changes no others."""
+        with writing(self.folder / "events.out.tfevents"):
+            others = {file.name for file in self.folder.glob("events.out.tfevents*")}
+            self.writer = SummaryWriter(str(self.folder))
+            for file in self.folder.glob("events.out.tfevents*"):
+                if file.name not in others:
+                    self.event_files.add(file.name)
+                    with open(self.folder / "lock", "a") as lock:
+                        lock.write(file.name + "\n")
+
     def event_sizes(self) -> dict[str, int]:
-        """Name and size, with all that has been logged so far, of TensorBoard's files."""
+        """Name and size, with all that has been logged so far, of the run's TensorBoard files."""
         with writing(self.folder / "events.out.tfevents"):
             self.writer.flush()
             files = self.folder.glob("events.out.tfevents*")
-            return {file.name: file.stat().st_size for file in files}
+            own_files = [file for file in files if file.name in self.event_files]
+            return {file.name: file.stat().st_size for file in own_files}
 
-    def cut_events(self, sizes: dict[str, int]) -> None:
-        """Take from TensorBoard's files what was logged after `event_sizes`; it is logged again."""
+    def cut_events(self) -> None:
+        """Take from the run's TensorBoard files what was logged after the checkpoint.
+
+        It is logged again.
+        """
+        sizes = self.events_to_keep
         for file in self.folder.glob("events.out.tfevents*"):
             with writing(file):
+                if file.name not in self.event_files:
+                    continue
                 if file.name not in sizes:
                     file.unlink()
                 elif file.stat().st_size > sizes[file.name]:
@@ -2899,6 +2982,17 @@ class Run:
         self.log("evaluation", {"eval/" + self.measure.replace(" ", "_"): score})
         self.bar.write(f"iteration {self.iteration}: {self.measure} {score:.1f}")
 
+    def keep_lock(self) -> None:
+        """Lock the folder again if somebody removed the lock, or stop if another process has it."""
+        if self.lock is None:
+            return
+        try:
+            kept = os.path.samestat(os.fstat(self.lock), os.stat(self.folder / "lock"))
+        except OSError:
+            kept = False
+        if not kept:
+            self.lock = lock_folder(self.folder)
+
     def save_checkpoint(self) -> None:
         """Save policy.pt, curves.png and checkpoint.pt.
 
@@ -2908,6 +3002,7 @@ class Run:
         method = self.method
         if method.unfinished:  # resumed within a long phase: checkpoint.pt is further than this
             return
+        self.keep_lock()
         policy = {
             **self.origin(),
             "policy": {name: getattr(method, name).state_dict() for name in method.acting},
@@ -2918,20 +3013,22 @@ class Run:
             self.plot_curves()
         self.write_checkpoint()
 
-    def origin(self) -> dict[str, str]:
-        """Of which script, class and task this is a run."""
+    def origin(self) -> dict:
+        """Of which script, class, task and settings this is a run."""
         kind = type(self.method).__name__
-        return {"algo": self.algo, "kind": kind, "env_id": self.args.env_id}
+        env_id = self.args.env_id
+        return {"algo": self.algo, "kind": kind, "env_id": env_id, "args": self.settings}
 
     def write_checkpoint(self) -> None:
         """Save checkpoint.pt, also within a long phase."""
+        self.keep_lock()
         method = self.method
         events = self.event_sizes()
         checkpoint = {
             **self.origin(),
             **self.source,
-            "args": vars(self.args),
             "versions": versions(),
+            "threads": torch.get_num_threads(),
             "events": events,
             "events_of_longer_run": self.extra_points_from or events,
             "iteration": self.iteration,
@@ -2977,7 +3074,9 @@ class Run:
                 every = self.args.eval_every
                 self.curve = [point for point in self.curve if point[0] % every == 0]
                 events = saved["events_of_longer_run"]
-            self.cut_events(events)
+            self.events_to_keep = events
+            own_files = (self.folder / "lock").read_text(errors="replace").splitlines()
+            self.event_files = {*saved["events"], *own_files}
             other = saved["device"]
             if other != device:
                 print(f"note: resumed on {device}, which draws otherwise than {other} did")
@@ -2988,10 +3087,9 @@ class Run:
             old = saved["versions"][package]
             if version != old:
                 print(f"note: {package} is {version} and was {old}: numbers may differ")
-        for name, old in saved["args"].items():
-            value = getattr(self.args, name)
-            if name not in ("run_dir", "resume", *NEW_WITH_RESUME) and value != old:
-                print(f"note: args.json was edited: {name} is {value} and was {old}")
+        threads = torch.get_num_threads()
+        if threads != saved["threads"]:
+            print(f"note: {threads} CPU threads, and not {saved['threads']}: numbers may differ")
 
     def plot_curves(self) -> None:
         """Draw curves.png: the scores of the evaluations against the iterations."""
@@ -3012,7 +3110,7 @@ class Run:
         final_numbers = {}
         if hasattr(self.method, "final_numbers"):
             final_numbers = self.method.final_numbers()
-        final = evaluate(self.method, args, args.final_episodes, 0)
+        final = evaluate(self.method, args, args.final_episodes, k=0)
         scores = [score for _, score in self.curve]
         mean_last_ten = float(np.mean(scores[-10:]))
         result = {
@@ -3022,7 +3120,7 @@ class Run:
             **self.source,
             "curve": self.curve,
             "seed": args.seed,
-            "args": vars(args),
+            "args": self.settings,
             "seconds": seconds,
             "measure": self.measure,
             "last": scores[-1],
@@ -3041,8 +3139,7 @@ class Run:
         report(self.method, args, final, self.folder)
         count = "ten" if len(scores) >= 10 else len(scores)
         print(f"mean of the last {count}: {mean_last_ten:.1f}; see {self.folder}")
-        if self.lock is not None:
-            os.close(self.lock)
+        release_locks()
         return result
 
 
@@ -3172,8 +3269,11 @@ def note_odd_rollouts(method: nn.Module, terminated: float) -> None:
 
 
 # ----- files -----
+LOCKS = []  # the files that hold this process's locks, open
+
+
 def lock_folder(folder: Path) -> int | None:
-    """Keep other processes out of a run's folder until this one ends, however it ends.
+    """Keep other processes out of a run's folder until release_locks, or until this process ends.
 
     -> the open file that holds the lock, or None where there are no locks. Whoever holds it removes
     what a killed process left half-written. Raises SystemExit where another process has it.
@@ -3181,20 +3281,45 @@ def lock_folder(folder: Path) -> int | None:
     with writing(folder / "lock"):
         file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        # Not flock: that would live on in worker processes, and keep this process, too, from
-        # resuming a run that it began.
+        # Not lockf: that would end when this process reads the file, as to copy the folder.
         fcntl = importlib.import_module("fcntl")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
         os.close(file)
         if getattr(error, "errno", None) in (errno.EACCES, errno.EAGAIN):
             sys.exit(f"another process works in {folder}: wait for its end, or stop it first")
         print(f"note: no locks here ({error}): see to it that no other process uses {folder}")
         return None
+    LOCKS.append(file)
     for part in folder.glob("*.part"):
         with writing(part):
             part.unlink()
     return file
+
+
+def release_locks() -> None:
+    """Let other processes into the folders that this one has locked."""
+    while LOCKS:
+        os.close(LOCKS.pop())
+
+
+def unlocking(function: Callable) -> Callable:
+    """`function`, after which, however it ends, this process keeps no lock."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        finally:
+            release_locks()
+
+    return call
+
+
+# A notebook lives on after its training has failed, and another process may go on then.
+train = unlocking(train)
+if hasattr(os, "register_at_fork"):  # a worker process, which may outlive this one, holds no lock
+    os.register_at_fork(after_in_child=release_locks)
 
 
 @contextlib.contextmanager
@@ -3216,7 +3341,7 @@ def replacing(path: Path):
     part = Path(f"{path}.{os.getpid()}.part")
     with writing(path):
         try:
-            with open(part, "wb") as file:
+            with open(part, "w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())  # else the new name might reach the disk before the content
@@ -3238,6 +3363,9 @@ def save(content, path: Path) -> None:
             content.savefig(file, format="png")
         else:
             torch.save(content, file)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.write(digest.encode())  # `check_sum` reads it; torch.load does not mind it
 
 
 @contextlib.contextmanager
@@ -3245,27 +3373,32 @@ def loading(path: Path, device: torch.device | str = "cpu"):
     """`with loading(path) as content:` where any error, also in the block, ends in one sentence."""
     try:
         if path.suffix == ".json":
-            yield json.loads(path.read_text())
+            yield from_json(path.read_text())
         else:
-            with zipfile.ZipFile(path) as parts:  # as which torch.save writes
-                damaged = parts.testzip()  # torch.load does not look at the checksums
-            if damaged is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+            check_sum(path)
             yield torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         sys.exit(f"there is no {path}: did that run get so far?")
-    except Exception as error:  # torch, pickle, zipfile and our look-ups raise errors of their own
+    except Exception as error:  # torch, pickle, JSON and our look-ups raise errors of their own
         reason = " ".join(str(error).split())[:200]
         sys.exit(f"{path} is damaged or of another setting ({reason})")
 
 
+def check_sum(path: Path) -> None:
+    """Raise ValueError unless a file ends in the checksum, as 64 letters, of what precedes it.
+
+    torch.load looks at no checksum, and where there is one in its format, the headers have none.
+    """
+    content = np.memmap(path, np.uint8, "r")
+    digest = hashlib.sha256(content[:-64]).hexdigest()
+    if content[-64:].tobytes() != digest.encode():
+        raise ValueError("the checksum at its end is not that of its content")
+
+
 def load_args(run: str, settings: type = Args) -> Args:
     """The settings that a run was started with, checked like those of a command line."""
-    path = Path(run) / "args.json"
+    path = expanded(run) / "args.json"
     with loading(path) as saved:
-        for name, value in saved.items():
-            if isinstance(value, list):  # JSON has no tuples
-                saved[name] = tuple(value)
         if isinstance(saved.get("threads"), int):  # this machine may have fewer cores
             saved["threads"] = min(saved["threads"], os.cpu_count())
         unknown = saved.keys() - {field.name for field in dataclasses.fields(settings)}
@@ -3313,6 +3446,8 @@ def save_model(method: nn.Module, error: Tensor, run: Path, source: dict) -> Non
     content = {
         "env_id": method.args.env_id,
         "sha256": source["sha256"],
+        "seed": method.args.seed,
+        "holdout_size": method.args.holdout_size,
         "model": method.model.state_dict(),
         "optimizer": method.model_optimizer.state_dict(),
         "error": error,
@@ -3320,12 +3455,15 @@ def save_model(method: nn.Module, error: Tensor, run: Path, source: dict) -> Non
     save(content, run / "model.pt")
 
 
-def load_model(method: nn.Module, run: Path, source: dict) -> None:
+def load_model(
+    method: nn.Module, run: str | Path, source: dict, keep_in: Path | None = None
+) -> None:
     """Take the model that save_model saved, and choose its elites by the saved errors.
 
-    Raises SystemExit where it is of another task. Other data of the task are said.
+    A copy goes to the folder `keep_in`. Raises SystemExit where the model is of another task. Other
+    data of the task are said.
     """
-    path = run / "model.pt"
+    path = expanded(run) / "model.pt"
     env_id = method.args.env_id
     with loading(path, method.device) as saved:
         if saved["env_id"] != env_id:
@@ -3335,10 +3473,12 @@ def load_model(method: nn.Module, run: Path, source: dict) -> None:
         method.model.load_state_dict(saved["model"])
         load_optimizer(method.model_optimizer, saved["optimizer"])
         method.choose_elites(saved["error"])
+    if keep_in is not None:
+        save(saved, keep_in / "model.pt")
 
 
 def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: Args) -> None:
-    """Stop if what was saved is of another class or task. Raises SystemExit.
+    """Stop if what was saved is of another class, task or settings. Raises SystemExit.
 
     Another name of the script is said, because a script may be copied and go on.
     """
@@ -3347,6 +3487,11 @@ def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: 
         sys.exit(f"{run} is a run of {saved['kind']}, not of {own}: start the script of that class")
     if saved["env_id"] != args.env_id:
         sys.exit(f"{run} holds what was learned on {saved['env_id']}, not on {args.env_id}")
+    settings = lasting_settings(args)
+    for name, old in saved["args"].items():
+        value = settings.get(name)
+        if name not in ("run_dir", *NEW_WITH_RESUME) and value != old:
+            sys.exit(f"{run}/args.json was edited, put it back: {name} is {value} and was {old}")
     name = name_of(type(method))
     if saved["algo"] != name:
         print(f"note: {run} was made by {saved['algo']}, and this is {name}")
@@ -3355,7 +3500,7 @@ def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: 
 def load_policy(run: str, settings: type = Args, method: type = MOPO) -> nn.Module:
     """A method that acts as the policy of a saved run did, on the CPU. Raises SystemExit."""
     args = load_args(run, settings)
-    path = Path(run) / "policy.pt"
+    path = expanded(run) / "policy.pt"
     with loading(path) as saved:
         obs_dim, action_dim = saved["sizes"]
         policy = method(args, obs_dim, action_dim, torch.device("cpu"))

@@ -6,7 +6,7 @@
 #   "scipy==1.17.1", "seaborn==0.13.2", "submitit==1.5.4", "tabulate==0.10.0",
 #   "tensorboard==2.21.0", "torch==2.13.0", "tqdm==4.70.1", "tyro==1.0.17",
 # ]
-# [tool.uv]  # d4rl is only a table of URLs and references here, and needs nothing of this:
+# [tool.uv]  # d4rl is only a table of URLs here: what it asks for is never installed
 # override-dependencies = [
 #   "click; python_version < '0'", "dm-control; python_version < '0'",
 #   "gym; python_version < '0'", "mjrl; python_version < '0'",
@@ -718,6 +718,8 @@ def job_result(folder: Path) -> dict | None:
     for path in sorted(folder.glob("*/result.json")):
         try:
             result = read_json(path)
+            if is_extended(path):
+                continue
             if isinstance(result, dict):
                 return result
             damaged = path
@@ -726,6 +728,15 @@ def job_result(folder: Path) -> dict | None:
     if damaged:
         raise ValueError(f"{damaged} is empty or cut: delete it, and `run` makes it anew")
     return None
+
+
+def is_extended(path: Path) -> bool:
+    """Has the run of this result.json been resumed for more iterations, and not yet done them?"""
+    try:
+        wanted = read_json(path.with_name("args.json"))["total_iterations"]
+        return read_json(path)["total_iterations"] < wanted
+    except (OSError, ValueError, LookupError, TypeError):  # `report` may have a result.json alone
+        return False
 
 
 def is_running(folder: Path) -> bool:
@@ -803,6 +814,9 @@ def read_runs(folder: str, notes: list[str]) -> pd.DataFrame:
     """
     rows = []
     for path in sorted(Path(folder).rglob("result.json"), key=os.path.getmtime, reverse=True):
+        if is_extended(path):
+            notes.append(f"left out: {path} is that of fewer iterations than its run goes on to")
+            continue
         try:
             rows.append(read_result(path))
         except KeyError as error:

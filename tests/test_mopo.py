@@ -21,6 +21,7 @@ from test_runs import (
     Killed,
     assert_same_run,
     before_call,
+    counted,
     die,
     flat,
     folder_in,
@@ -1419,3 +1420,35 @@ def test_resume_takes_the_runs_settings(kind, tmp_path):
     folder = train_on_pendulum(tmp_path, kind, total_iterations=2)["folder"]
     with pytest.raises(SystemExit, match="--resume takes --gamma from the run"):
         train_on_pendulum(tmp_path, kind, resume=folder, gamma=0.5)
+
+
+@pytest.mark.parametrize("call, epochs_left", [(1, 1), (2, 0)])
+@pytest.mark.parametrize(
+    "kind, settings", [(mopo.MOPO, mopo.Args), (combo.COMBO, combo.Args), (REDQ, REDQArgs)]
+)
+def test_a_fit_goes_on_where_it_was_cut(
+    kind, settings, call, epochs_left, dataset_path, tmp_path, monkeypatch
+):
+    """After each of its two epochs: nothing saved is done again, and nothing tells the runs apart.
+
+    That is, with the checkpoint that is due every ten minutes after each epoch.
+    """
+    script = sys.modules[kind.mro()[-3].__module__]
+    monkeypatch.setattr(script.Run, "plot_curves", lambda run: None)
+    monkeypatch.setattr(script, "PHASE_SAVED_EVERY", -1)
+    counts = {"model_step": 0}
+    monkeypatch.setattr(kind, "model_step", counted(kind.model_step, "model_step", counts))
+    own = {"dataset_path": dataset_path, "run_dir": str(tmp_path / "cut"), "total_iterations": 4}
+    args = settings(**RUN | own)
+    whole = script.train(dataclasses.replace(args, run_dir=str(tmp_path / "whole")), kind)
+    steps_per_epoch = counts["model_step"] // 2
+    assert steps_per_epoch > 0
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(script.Run, "log", before_call(call, script.Run.log, die))
+        script.train(args, kind)
+    folder = folder_in(tmp_path / "cut")
+    assert saved(folder)["iteration"] == 0
+    counts["model_step"] = 0
+    script.train(dataclasses.replace(args, resume=str(folder)), kind)
+    assert counts["model_step"] == epochs_left * steps_per_epoch
+    assert_same_run(folder, Path(whole["folder"]))

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import errno
+import fcntl
 import functools
 import inspect
 import itertools
@@ -405,7 +406,7 @@ def test_a_finished_run_goes_on(tiny, whole, capsys):
     assert "note: " not in capsys.readouterr().out
 
     other_device = saved(folder) | {"device": "cuda", "rng": torch.zeros(16)}
-    torch.save(other_device, folder / "checkpoint.pt")
+    ampl.save(other_device, folder / "checkpoint.pt")
     assert saved(resume(folder, "--total-iterations", 26))["device"] == "cpu"
     assert "note: resumed on cpu" in capsys.readouterr().out
 
@@ -424,7 +425,14 @@ def test_an_extended_run_has_no_point_of_its_old_end(changes, tiny, tmp_path):
     shown = points(folder)
     resume(folder)  # a finished run that is not extended keeps them
     assert points(folder) == shown
-    assert_same_run(resume(folder, "--total-iterations", 24), whole)
+    foreign = folder / "events.out.tfevents.1.another.program"
+    foreign.touch()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(ampl.Run, "cut_events", die)
+        resume(folder, "--total-iterations", 24)
+    assert points(folder) == shown
+    assert_same_run(resume(folder), whole)
+    assert foreign.exists()
     shown = points(folder)
     expected = points(whole)
     del shown["rollout/terminated_frac"]
@@ -593,7 +601,7 @@ def test_what_is_not_finite_stops_the_run_by_name(
 HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "a")
-fcntl.lockf(file, fcntl.LOCK_EX)
+fcntl.flock(file, fcntl.LOCK_EX)
 print("locked", flush=True)
 sys.stdin.read()
 """
@@ -614,6 +622,56 @@ def test_a_run_belongs_to_one_process(whole, tmp_path):
     other.communicate()
     assert_same_run(resume(folder), whole)
     assert list(folder.glob("*.part")) == []
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether somebody, this process perhaps, has locked the folder."""
+    with open(folder / "lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("what", ["copied", "removed", "taken"])
+def test_a_lock_lasts_as_long_as_training(what, tiny, tmp_path, monkeypatch):
+    """Also if this process copies the folder. A lock that was removed is made again, or refused.
+
+    When training ends with an error, also a process that it has forked keeps nothing.
+    """
+    others = []
+
+    def disturb(run, *_):
+        if what == "copied":
+            shutil.copytree(run.folder, tmp_path / "copy")
+            return
+        (run.folder / "lock").unlink()
+        if what == "taken":
+            others.append(open(run.folder / "lock", "w"))
+            fcntl.flock(others[0], fcntl.LOCK_EX)
+
+    def look(run, *_):
+        assert is_locked(run.folder)
+        others.append(os.fork())
+        if others[0] == 0:
+            signal.pause()
+        raise Killed
+
+    # Between the two is a checkpoint, that of iteration 10.
+    log = before_call(14, before_call(8, ampl.Run.log, disturb), look)
+    monkeypatch.setattr(ampl.Run, "log", log)
+    if what == "taken":
+        with pytest.raises(SystemExit, match="another process works in"):
+            tiny()
+        assert saved(folder_in(tmp_path / "runs"))["iteration"] == 5
+        others[0].close()
+    else:
+        with pytest.raises(Killed):
+            tiny()
+        assert not is_locked(folder_in(tmp_path / "runs"))
+        os.kill(others[0], signal.SIGKILL)
+        os.waitpid(others[0], 0)
 
 
 def test_two_runs_of_the_same_second(tiny, tmp_path, monkeypatch):
@@ -643,6 +701,9 @@ def test_an_edited_script_is_kept_beside(whole, tmp_path, capsys):
     assert (folder / "ampl.py").read_text() == "what it began with"
     assert (folder / "ampl.2.py").read_text() == (ROOT / "ampl.py").read_text()
     assert not (folder / "ampl.3.py").exists()
+    (folder / "ampl.2.py").unlink()
+    (folder / "ampl.2.py").mkdir()
+    assert (resume(folder) / "ampl.3.py").is_file()
 
 
 def edit(folder: Path, file: str, **changes) -> None:
@@ -651,13 +712,18 @@ def edit(folder: Path, file: str, **changes) -> None:
         content = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps(content | changes))
     else:
-        torch.save(saved(folder, file) | changes, folder / file)
+        ampl.save(saved(folder, file) | changes, folder / file)
 
 
 @pytest.mark.parametrize(
     "file, changes, flag, said",
     [
-        ("args.json", {"gamma": 0.5}, "resume", "args.json was edited: gamma is 0.5 and was 0.99"),
+        (
+            "checkpoint.pt",
+            {"threads": 3},
+            "resume",
+            "1 CPU threads, and not 3: numbers may differ",
+        ),
         (
             "checkpoint.pt",
             {"versions": {n: "0.1" for n in ("torch", "numpy", "gymnasium", "mujoco")}},
@@ -681,21 +747,18 @@ def test_what_differs_is_said(file, changes, flag, said, whole, dataset, tmp_pat
 
 
 def test_no_flipped_bit_is_loaded(whole, tmp_path):
-    """Of a hundred in the tensors' files each is refused, or is in a part that holds no data."""
+    """Each of a hundred in the tensors' files is refused, also in a header."""
     folder = Path(shutil.copytree(whole, tmp_path / "run"))
     rng = random.Random(0)
     for file in ("checkpoint.pt", "policy.pt", "model.pt"):
         content = (whole / file).read_bytes()
-        expected = flat(saved(whole, file))
         for _ in range(33):
             damaged = bytearray(content)
             damaged[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
             (folder / file).write_bytes(damaged)
-            try:
-                with ampl.loading(folder / file) as loaded:
-                    assert flat(loaded) == expected
-            except SystemExit as stop:
-                assert f"{file} is damaged" in stop.code
+            with pytest.raises(SystemExit, match=f"{file} is damaged"):
+                with ampl.loading(folder / file):
+                    pass
 
 
 # ----- a large buffer -----
@@ -730,21 +793,32 @@ def test_all_rows_of_a_large_buffer_are_drawn(build):
 
 
 # ----- saved models and policies -----
-def test_dynamics_from(tiny, whole):
-    """A run with the first run's model goes on as that one did, bit for bit, without a fit 0."""
-    second = tiny(dynamics_from=str(whole))
+def test_dynamics_from(tiny, whole, monkeypatch):
+    """A run with the first run's model goes on as that one did, bit for bit, without a fit 0.
+
+    Its args.json holds the whole path, and a third run can take the model from it.
+    """
+    monkeypatch.chdir(whole.parent)
+    second = tiny(dynamics_from=whole.name)
+    assert ampl.load_args(second).dynamics_from == str(whole)
+    monkeypatch.setenv("HOME", str(second.parent))
+    third = tiny(dynamics_from=f"~/{second.name}", seed=1, total_iterations=9)
+    for folder in (second, third):
+        assert flat(saved(folder, "model.pt")) == flat(saved(whole, "model.pt"))
+    ampl.train(dataclasses.replace(ampl.load_args(third), resume=f"~/{third.name}"))
     assert flat(saved(second)) == flat(saved(whole))
     assert result(second)["final_scores"] == result(whole)["final_scores"]
     assert [step for step, _ in points(second)["model/train_nll"]] == [13, 14]
 
 
 def test_policy_file(whole):
-    """It holds the networks that `act` uses, script, class, task and sizes, and nothing else."""
+    """It holds the networks that `act` uses, script, class, task, settings and sizes."""
     policy = saved(whole, "policy.pt")
     assert (policy["algo"], policy["kind"], policy["env_id"]) == ("ampl", "AMPL", ENV)
     assert policy["sizes"] == (4, 2)
     assert policy["policy"].keys() == {"actor", "critic"}
-    assert len(policy) == 5
+    assert policy["args"] == dataclasses.asdict(ampl.load_args(whole))
+    assert len(policy) == 6
 
 
 def test_evaluate(whole, capsys):
@@ -870,7 +944,7 @@ MISTAKES = [
     ("--resume {pickled}", "checkpoint.pt is damaged .*Weights only load failed"),
     ("--resume {mopos}", "is a run of MOPO, not of AMPL"),
     ("--resume {foreign}", "args.json has learning_rate, which is no setting here"),
-    ("--resume {resized}", "checkpoint.pt is damaged or of another setting"),
+    ("--resume {resized}", "args.json was edited, put it back: hidden is"),
     ("--resume {good} --gamma 0.9", "--resume takes --gamma from the run"),
     ("--resume {changed}", "is a run on other data, .* as it was"),
     (
@@ -892,6 +966,8 @@ MISTAKES = [
         "args.json was edited or is damaged: --gamma is .*0.99.*, but must",
     ),
     ("--resume {high}", "args.json was edited or is damaged: --gamma is 2, but must be at least 0"),
+    ("--resume {edited}", "args.json was edited, put it back: gamma is 0.5 and was 0.99"),
+    ("--evaluate {edited}", "args.json was edited, put it back: gamma is 0.5 and was 0.99"),
     ("--resume {list}", "args.json is damaged or of another setting"),
     ("--resume {cut}", "args.json is damaged or of another setting"),
     ("--evaluate {good} --hidden 5 5", "--evaluate takes --hidden from the run"),
@@ -915,26 +991,27 @@ def places(tmp_path_factory, whole, dataset):
     with h5py.File(root / "foreign_file", "w") as file:
         file["pixels"] = np.zeros(300)
     names = ("good", "fresh", "damaged", "pickled", "mopos", "changed", "foreign", "resized")
-    edited = ("elsewhere", "empty", "nothing", "texts", "high", "list", "cut")
+    edited = ("elsewhere", "empty", "nothing", "texts", "high", "edited", "list", "cut")
     for name in names + edited:
         shutil.copytree(whole, root / name)
     for file in ("checkpoint.pt", "policy.pt", "model.pt"):
         (root / "fresh" / file).unlink()
         (root / "damaged" / file).write_bytes((whole / file).read_bytes()[:999])
     checkpoint = saved(whole)
-    torch.save({"algo": Path("an object")}, root / "pickled/checkpoint.pt")
-    torch.save(checkpoint | {"kind": "MOPO"}, root / "mopos/checkpoint.pt")
-    torch.save(checkpoint | {"sha256": "of other data"}, root / "changed/checkpoint.pt")
+    ampl.save({"algo": Path("an object")}, root / "pickled/checkpoint.pt")
+    ampl.save(checkpoint | {"kind": "MOPO"}, root / "mopos/checkpoint.pt")
+    ampl.save(checkpoint | {"sha256": "of other data"}, root / "changed/checkpoint.pt")
     args = json.loads((whole / "args.json").read_text())
     (root / "foreign/args.json").write_text('{"learning_rate": 1}')
     (root / "resized/args.json").write_text(json.dumps(args | {"hidden": [16, 17]}))
-    torch.save(saved(whole, "policy.pt") | {"kind": "MOPO"}, root / "mopos/policy.pt")
+    ampl.save(saved(whole, "policy.pt") | {"kind": "MOPO"}, root / "mopos/policy.pt")
     for file in ("checkpoint.pt", "policy.pt", "model.pt"):
         edit(root / "elsewhere", file, env_id="pen-human-v1")
     edit(root / "empty", "policy.pt", policy={})
-    torch.save({}, root / "nothing/policy.pt")
+    ampl.save({}, root / "nothing/policy.pt")
     edit(root / "texts", "args.json", gamma="0.99")
     edit(root / "high", "args.json", gamma=2)
+    edit(root / "edited", "args.json", gamma=0.5)
     (root / "list/args.json").write_text("[1, 2]")
     (root / "cut/args.json").write_bytes((whole / "args.json").read_bytes()[:-9])
     return root
@@ -977,6 +1054,7 @@ WRONG_KINDS = [
     ({"cuda": "no"}, "--cuda is 'no', but must be True or False"),
     ({"async_envs": 1}, "--async-envs is 1, but must be True or False"),
     ({"env_id": 3}, "--env-id is 3, but must be a text"),
+    ({"run_dir": "runs\udcff"}, "--run-dir is 'runs.*', which args.json cannot hold: it holds .*"),
     ({"dataset_path": Path("x")}, "--dataset-path is .*Path.* but must be a text"),
     ({"initial_states": "data"}, "--initial-states is 'data', but must be one of"),
     ({"initial_states": ["data"]}, "--initial-states is .'data'., but must be one of"),
@@ -988,6 +1066,31 @@ def test_a_setting_of_a_wrong_kind_costs_one_sentence(settings, words):
     with pytest.raises(SystemExit) as stop:
         ampl.train(ampl.Args(**settings))
     assert re.fullmatch(words + "[^\n]*", stop.value.code), stop.value.code
+
+
+@pytest.mark.parametrize(
+    "value, fits",
+    [
+        (Path("x"), False),
+        ((1, Path("x")), False),
+        ([1, 2], False),  # it would come back as a tuple
+        ({1: 2}, False),
+        (math.nan, False),
+        (np.float32(1), False),
+        (((1, 2.5), ("a", None)), True),
+        ({"a": True}, True),
+    ],
+)
+def test_a_setting_of_ones_own_fits_into_args_json(value, fits, tmp_path):
+    settings = dataclasses.make_dataclass("Own", [("mine", object, None)], bases=(ampl.Args,))
+    args = settings(mine=value)
+    if fits:
+        ampl.check_ranges(args)
+        ampl.save(ampl.lasting_settings(args), tmp_path / "args.json")
+        assert ampl.load_args(tmp_path, settings) == args
+    else:
+        with pytest.raises(SystemExit, match="--mine is .*, which args.json cannot hold"):
+            ampl.check_ranges(args)
 
 
 def test_a_folder_called_wandb_is_not_wandb(tmp_path, monkeypatch):
@@ -1044,6 +1147,36 @@ def test_ctrl_c_ends_in_one_line(there, tmp_path, monkeypatch, capsys):
     assert (command in said) == there and ("start it again" in said) != there
     ampl.say_how_to_go_on(folder, KeyError, KeyError("of mine"), None)
     assert "KeyError: 'of mine'" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_a_run_is_loaded(whole, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ampl, "load_args", stop)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    for flag, advice in (("--resume", f"ampl.py --resume {whole}"), ("--evaluate", "start it")):
+        with pytest.raises(KeyboardInterrupt):
+            command(flag, whole)
+        monkeypatch.setattr(sys, "argv", ["ampl.py"])
+        sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+        assert advice in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("--help | true", "stopped, since nothing more can be printed (Broken pipe), with"),
+        ("--help >/dev/full", "stopped, since nothing more can be printed (No space left on"),
+        ("--help 2>&-", "standard error is closed: send it somewhere, as with 2>/dev/null"),
+    ],
+)
+def test_who_cannot_print_says_so(words, said):
+    line = f"set -o pipefail; {sys.executable} {ROOT / 'ampl.py'} {words}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_ctrl_c_in_a_run(dataset, tmp_path):

@@ -553,6 +553,19 @@ def test_report_has_a_row_for_each_cell_of_a_grid(tmp_path):
     assert [cell[-1] for cell in cells] == ["1.00 +- 0.00", "-3.00 +- 1.41", "-"]
 
 
+def test_a_run_that_is_extended_has_no_result_yet(tmp_path):
+    """Its result.json is still that of the iterations before: the job is not done, nor reported."""
+    for seed, wanted in ((0, 20), (1, 30)):
+        folder = tmp_path / str(seed) / "run"
+        write_result(folder, "pen-human-v1", "ampl", seed, 1.0, total_iterations=20)
+        (folder / "args.json").write_text(json.dumps({"total_iterations": wanted}))
+    assert sweep.state(tmp_path / "0")["state"] == "done"
+    assert sweep.state(tmp_path / "1")["state"] == "stopped"
+    text = report_text(tmp_path)
+    assert f"left out: {folder}/result.json is that of fewer iterations than its run" in text
+    assert table_rows(text, "Cells")[1][:4] == ["pen-human-v1", "ampl", "score", "1"]
+
+
 def test_a_return_of_a_d4rl_task_is_not_averaged_with_scores(tmp_path):
     write_result(tmp_path / "1", "pen-human-v1", "ampl", 0, 20, measure="normalized score")
     write_result(tmp_path / "2", "door-human-v1", "ampl", 0, 3000, measure="return")
