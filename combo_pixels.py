@@ -126,7 +126,7 @@ class Range(NamedTuple):
     """From `low` to `high`, both included, unless low_is_allowed is False."""
 
     low: float
-    high: float = 1e9  # far above all that makes sense, and a product of a few is no infinity
+    high: float = 1e9  # above all that makes sense; a product of a few stays finite
     low_is_allowed: bool = True
 
 
@@ -473,14 +473,16 @@ def expectation(q: Tensor) -> Tensor:
 def bellman_target(batch: Batch, q_next: Tensor, gamma: float) -> Tensor:
     """r + gamma min_j Q'_j(s', a') -> [B]; after a terminal state r alone. q_next [2, B]
 
-    The operator B^pi of the paper's section 2 is this, without SAC's entropy; the minimum is SAC's.
+    Neither this nor the operator B^pi of the paper's section 2 has SAC's entropy term. The minimum
+    is SAC's.
     """
     return batch.reward + gamma * (1 - batch.terminated) * q_next.amin(0)
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
     """The Bellman error of Eq. (2), the sum over all critics: q [2, B], target [B]."""
-    return sum(0.5 * F.mse_loss(q_j, target) for q_j in q)
+    # mse_loss is a mean over the critics, too; times their number it is a sum.
+    return 0.5 * len(q) * F.mse_loss(q, target.expand_as(q))
 
 
 def policy_loss(q: Tensor) -> Tensor:
@@ -801,8 +803,9 @@ class COMBOPixels(nn.Module):
 
     def rows_of_rho(self, batch: Batch) -> Batch:
         """The rows of a batch whose states are rho's: all of them, or those of D_model alone."""
-        # Paper: states of rollouts, for stability with those of the data. Recalled: on hopper those
-        # of rollouts alone.
+        # Paper: states of rollouts of pi, to which the data's are added for stability. Recalled: on
+        # hopper none of the data's. Here: the rollouts are those of mu, the only ones in D_model,
+        # so with --rollout-actions uniform they are not pi's.
         if self.args.rho_states == "mixed":
             return batch
         num_real = real_rows(self.args)
@@ -926,7 +929,7 @@ def train(args: Args, method: type = COMBOPixels) -> dict:
 
     # Phase 1: the latent model, and the latent states of the data.
     if run.iteration == 0 and args.dynamics_from:
-        load_model(combo, Path(args.dynamics_from), dataset["source"])
+        load_model(combo, args.dynamics_from, dataset["source"], run.folder)
     elif run.iteration == 0:
         combo.fit_model(run.progress, run.folder)
         save_model(combo, run.folder, dataset["source"])
@@ -950,7 +953,8 @@ def train(args: Args, method: type = COMBOPixels) -> dict:
         save_now = last or run.iteration % args.checkpoint_every == 0
         if run.iteration % args.log_every == 0 or save_now:
             start_logs = combo.start_values()
-            run.log("training", logs | rollout_logs | start_logs)  # stops at NaN, before a file
+            # It stops the run at NaN, so that no checkpoint holds one.
+            run.log("training", logs | rollout_logs | start_logs)
         if run.iteration % args.eval_every == 0 or last:
             run.add_to_curve()
         if save_now:
@@ -963,7 +967,7 @@ def main(settings: type = Args, method: type = COMBOPixels) -> None:
     args = parse_args(settings)
     if args.evaluate:
         policy = load_policy(args.evaluate, settings, method)
-        scores = evaluate(policy, args, args.final_episodes, 0)
+        scores = evaluate(policy, args, args.final_episodes, k=0)  # the final one
         report(policy, args, scores, Path(args.evaluate))
     else:
         with enough_memory():
@@ -996,13 +1000,17 @@ def parse_args(settings: type = Args, argv: list[str] | None = None) -> Args:
     The command line is read twice. A first look finds the task, or the saved run; the defaults
     of the second look are the settings of that task or run, so that --help shows them.
     """
+    if sys.stderr is None:  # some of the libraries cannot do without, nor could a mistake be said
+        print("standard error is closed: send it somewhere, as with 2>/dev/null")
+        sys.exit(1)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that it cannot print
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     sys.excepthook = functools.partial(say_how_to_go_on, None)
     hide_unused_flags(settings)
     first, _ = tyro.cli(settings, args=argv, add_help=False, return_unknown_args=True)
     first = expand_home(first)
     if first.resume is not None:
+        sys.excepthook = functools.partial(say_how_to_go_on, Path(first.resume))
         default = dataclasses.replace(load_args(first.resume, settings), resume=first.resume)
     elif first.evaluate is not None:
         default = dataclasses.replace(load_args(first.evaluate, settings), evaluate=first.evaluate)
@@ -1044,7 +1052,7 @@ def expand_home(args: Args) -> Args:
     return dataclasses.replace(args, **changes)
 
 
-def expanded(path: str) -> Path:
+def expanded(path: str | Path) -> Path:
     """A path with the home folder in place of a ~. Raises SystemExit where there is none."""
     try:
         return Path(path).expanduser()
@@ -1075,7 +1083,31 @@ def check_ranges(args: Args) -> None:
     """Stop where a setting is none of the values that its type names. Raises SystemExit."""
     check_fields(args)
     for name, kind in get_type_hints(type(args), include_extras=True).items():
-        check_value("--" + name.replace("_", "-"), getattr(args, name), kind)
+        flag = "--" + name.replace("_", "-")
+        value = getattr(args, name)
+        check_value(flag, value, kind)
+        try:
+            text = json.dumps(value, ensure_ascii=False).encode()
+            comes_back = from_json(text) == value
+        except (TypeError, ValueError):
+            comes_back = False
+        if not comes_back:
+            allowed = "a number, a text in UTF-8, True, False, None or a tuple of these"
+            sys.exit(f"{flag} is {value!r}, which args.json cannot hold: it holds {allowed}")
+
+
+def from_json(text: str | bytes):
+    """What a JSON text holds, with tuples for its lists."""
+    return as_tuples(json.loads(text))
+
+
+def as_tuples(value):
+    """A value of JSON's with tuples for its lists, also for lists in lists and in a dict."""
+    if isinstance(value, list):
+        return tuple(as_tuples(entry) for entry in value)
+    if isinstance(value, dict):
+        return {key: as_tuples(entry) for key, entry in value.items()}
+    return value
 
 
 def check_value(flag: str, value, kind: type) -> None:
@@ -1135,6 +1167,15 @@ def check_fields(args: Args) -> None:
             sys.exit(f"the default of {field.name} in {kind.__name__} has no effect: {advice}")
 
 
+def lasting_settings(args: Args) -> dict:
+    """The settings as args.json gives them back: with absolute paths, and without `resume`."""
+    settings = vars(args) | {"resume": None}
+    for name in ("dataset_path", "dynamics_from"):  # --resume may be called from another folder
+        if settings[name]:
+            settings[name] = str(expanded(settings[name]).absolute())
+    return from_json(json.dumps(settings))
+
+
 def hide_unused_flags(settings: type) -> None:
     """Take away the flags that a variant of the method has no use for.
 
@@ -1154,14 +1195,32 @@ def hide_unused_flags(settings: type) -> None:
 
 
 def say_how_to_go_on(run: Path | None, kind: type, error: BaseException, trace) -> None:
-    """Python's hook for what nobody catches: Ctrl-C becomes a line, also in the folder of a run."""
-    if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-    elif run is not None and (run / "checkpoint.pt").exists():
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
-        tqdm.write(f"stopped; this goes on from the last checkpoint: {command}", file=sys.stderr)
+    """Python's hook for what nobody catches: Ctrl-C becomes a line, also in the folder of a run.
+
+    So does that nobody takes what is printed, as `head` does after ten lines.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        end = "stopped"
+    elif issubclass(kind, OSError) and not can_print():
+        end = f"stopped, since nothing more can be printed ({error.strerror})"
     else:
-        tqdm.write("stopped, before there was a checkpoint: start it again", file=sys.stderr)
+        sys.__excepthook__(kind, error, trace)
+        return
+    if run is not None and (run / "checkpoint.pt").exists():
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run)])
+        tqdm.write(f"{end}; this goes on from the last checkpoint: {command}", file=sys.stderr)
+    else:
+        tqdm.write(f"{end}, with no checkpoint to go on from: start it again", file=sys.stderr)
+
+
+def can_print() -> bool:
+    """Whether standard output takes more. If not, it leads nowhere from now on."""
+    try:
+        print(flush=True)  # an empty line
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def refuse_new_flags(mode: str, args: Args, saved: Args, may_be_new: tuple[str, ...]) -> None:
@@ -1710,9 +1769,10 @@ def vector_env(env_id: str, count: int, asynchronous: bool) -> gymnasium.vector.
 
 
 def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray:
-    """Scores [episodes] of the policy `method.act`; k numbers the evaluations of a run.
+    """Scores [episodes] of the policy `method.act`.
 
-    The training's random numbers stay as they are, so that it may be evaluated at any time.
+    k numbers the evaluations of a run, and the final one is 0. The training's random numbers stay
+    as they are, so that it may be evaluated at any time.
     """
     asynchronous = args.async_envs
     if asynchronous is None:  # with a GPU the other cores are idle; a few cores gain nothing
@@ -1895,7 +1955,8 @@ class Run:
         checkpoint.pt         every --checkpoint-every     all that --resume needs
         result.json           at the end                   scores, settings, times, versions
         episode.gif           at the end                   an episode, with --capture-video
-        lock                  at the start                 nothing; whose process writes here
+        lock                  at the start                 whose process writes here, and the names
+                                                           of the TensorBoard files it wrote
 
     `method` is a module with `act`, `forget`, `device`, `obs_dim`, `action_dim` and `acting`, the
     names of the networks that `act` uses. It may have `final_numbers`, of which result.json holds
@@ -1904,6 +1965,7 @@ class Run:
 
     def __init__(self, args: Args, method: nn.Module, source: dict):
         self.args = args
+        self.settings = lasting_settings(args)
         self.method = method
         self.source = source
         self.iteration = 0  # how many are done
@@ -1915,6 +1977,8 @@ class Run:
         self.phase_bar = None  # the bar of a long phase between two iterations: see `progress`
         self.phase_points = {}  # how often each such phase has reported
         self.saved_at = time.monotonic()  # when the last checkpoint was written, or the run began
+        self.event_files = set()  # the names of TensorBoard's files that this run has written
+        self.events_to_keep = {}  # name and size of those at the checkpoint of --resume
         # TensorBoard's files before the points that only the end of a run has: see `is_due`.
         self.extra_points_from = None
         self.rollouts_judged = False  # by note_odd_rollouts
@@ -1922,7 +1986,7 @@ class Run:
         check_optimizers(method)
         vector_env.cache_clear()  # a notebook may have changed the task since the last run
         if args.resume:
-            self.folder = Path(args.resume)
+            self.folder = expanded(args.resume)
             saved = dataclasses.replace(load_args(args.resume, type(args)), resume=args.resume)
             refuse_new_flags("--resume", args, saved, ("run_dir", *NEW_WITH_RESUME))
             self.lock = lock_folder(self.folder)
@@ -1934,12 +1998,13 @@ class Run:
         sys.excepthook = functools.partial(say_how_to_go_on, self.folder)
         self.first_iteration = self.iteration
         self.save_origin()
+        if args.resume:  # after args.json: a run killed before it is still to be extended, if it is
+            self.cut_events()
         if args.track:
             self.start_wandb()
         # TensorBoard's thread would print a traceback of a full disk. `log` says it in a sentence.
         threading.excepthook = ignore_os_errors
-        with writing(self.folder / "events.out.tfevents"):
-            self.writer = SummaryWriter(str(self.folder))
+        self.open_events()
         start = f", and goes on at iteration {self.iteration}" if args.resume else ""
         self.bar.write(f"this run writes to {self.folder}{start}")
 
@@ -1957,15 +2022,12 @@ class Run:
 
     def save_origin(self) -> None:
         """Save the settings and the scripts. A script that was edited since is kept beside."""
-        settings = vars(self.args) | {"resume": None}
-        if self.args.dataset_path:  # --resume may be called from another folder
-            settings["dataset_path"] = str(expanded(self.args.dataset_path).absolute())
-        save(settings, self.folder / "args.json")
+        save(self.settings, self.folder / "args.json")
         for file in source_files(type(self.method)):
             content = file.read_bytes()
             copy = self.folder / file.name
             for number in itertools.count(2):
-                if not copy.exists() or copy.read_bytes() == content:
+                if not copy.exists() or (copy.is_file() and copy.read_bytes() == content):
                     break
                 copy = self.folder / f"{file.stem}.{number}.py"
             if copy.name != file.name:
@@ -2015,17 +2077,35 @@ class Run:
             return saved or self.iteration % args.log_every == 0
         return True
 
+    def open_events(self) -> None:
+        """Begin a file of TensorBoard's. Its name goes into the lock: the run changes no others."""
+        with writing(self.folder / "events.out.tfevents"):
+            others = {file.name for file in self.folder.glob("events.out.tfevents*")}
+            self.writer = SummaryWriter(str(self.folder))
+            for file in self.folder.glob("events.out.tfevents*"):
+                if file.name not in others:
+                    self.event_files.add(file.name)
+                    with open(self.folder / "lock", "a") as lock:
+                        lock.write(file.name + "\n")
+
     def event_sizes(self) -> dict[str, int]:
-        """Name and size, with all that has been logged so far, of TensorBoard's files."""
+        """Name and size, with all that has been logged so far, of the run's TensorBoard files."""
         with writing(self.folder / "events.out.tfevents"):
             self.writer.flush()
             files = self.folder.glob("events.out.tfevents*")
-            return {file.name: file.stat().st_size for file in files}
+            own_files = [file for file in files if file.name in self.event_files]
+            return {file.name: file.stat().st_size for file in own_files}
 
-    def cut_events(self, sizes: dict[str, int]) -> None:
-        """Take from TensorBoard's files what was logged after `event_sizes`; it is logged again."""
+    def cut_events(self) -> None:
+        """Take from the run's TensorBoard files what was logged after the checkpoint.
+
+        It is logged again.
+        """
+        sizes = self.events_to_keep
         for file in self.folder.glob("events.out.tfevents*"):
             with writing(file):
+                if file.name not in self.event_files:
+                    continue
                 if file.name not in sizes:
                     file.unlink()
                 elif file.stat().st_size > sizes[file.name]:
@@ -2076,6 +2156,17 @@ class Run:
         self.log("evaluation", {"eval/" + self.measure.replace(" ", "_"): score})
         self.bar.write(f"iteration {self.iteration}: {self.measure} {score:.1f}")
 
+    def keep_lock(self) -> None:
+        """Lock the folder again if somebody removed the lock, or stop if another process has it."""
+        if self.lock is None:
+            return
+        try:
+            kept = os.path.samestat(os.fstat(self.lock), os.stat(self.folder / "lock"))
+        except OSError:
+            kept = False
+        if not kept:
+            self.lock = lock_folder(self.folder)
+
     def save_checkpoint(self) -> None:
         """Save policy.pt, curves.png and checkpoint.pt.
 
@@ -2085,6 +2176,7 @@ class Run:
         method = self.method
         if method.unfinished:  # resumed within a long phase: checkpoint.pt is further than this
             return
+        self.keep_lock()
         policy = {
             **self.origin(),
             "policy": {name: getattr(method, name).state_dict() for name in method.acting},
@@ -2095,20 +2187,22 @@ class Run:
             self.plot_curves()
         self.write_checkpoint()
 
-    def origin(self) -> dict[str, str]:
-        """Of which script, class and task this is a run."""
+    def origin(self) -> dict:
+        """Of which script, class, task and settings this is a run."""
         kind = type(self.method).__name__
-        return {"algo": self.algo, "kind": kind, "env_id": self.args.env_id}
+        env_id = self.args.env_id
+        return {"algo": self.algo, "kind": kind, "env_id": env_id, "args": self.settings}
 
     def write_checkpoint(self) -> None:
         """Save checkpoint.pt, also within a long phase."""
+        self.keep_lock()
         method = self.method
         events = self.event_sizes()
         checkpoint = {
             **self.origin(),
             **self.source,
-            "args": vars(self.args),
             "versions": versions(),
+            "threads": torch.get_num_threads(),
             "events": events,
             "events_of_longer_run": self.extra_points_from or events,
             "iteration": self.iteration,
@@ -2154,7 +2248,9 @@ class Run:
                 every = self.args.eval_every
                 self.curve = [point for point in self.curve if point[0] % every == 0]
                 events = saved["events_of_longer_run"]
-            self.cut_events(events)
+            self.events_to_keep = events
+            own_files = (self.folder / "lock").read_text(errors="replace").splitlines()
+            self.event_files = {*saved["events"], *own_files}
             other = saved["device"]
             if other != device:
                 print(f"note: resumed on {device}, which draws otherwise than {other} did")
@@ -2165,10 +2261,9 @@ class Run:
             old = saved["versions"][package]
             if version != old:
                 print(f"note: {package} is {version} and was {old}: numbers may differ")
-        for name, old in saved["args"].items():
-            value = getattr(self.args, name)
-            if name not in ("run_dir", "resume", *NEW_WITH_RESUME) and value != old:
-                print(f"note: args.json was edited: {name} is {value} and was {old}")
+        threads = torch.get_num_threads()
+        if threads != saved["threads"]:
+            print(f"note: {threads} CPU threads, and not {saved['threads']}: numbers may differ")
 
     def plot_curves(self) -> None:
         """Draw curves.png: the scores of the evaluations against the iterations."""
@@ -2189,7 +2284,7 @@ class Run:
         final_numbers = {}
         if hasattr(self.method, "final_numbers"):
             final_numbers = self.method.final_numbers()
-        final = evaluate(self.method, args, args.final_episodes, 0)
+        final = evaluate(self.method, args, args.final_episodes, k=0)
         scores = [score for _, score in self.curve]
         mean_last_ten = float(np.mean(scores[-10:]))
         result = {
@@ -2199,7 +2294,7 @@ class Run:
             **self.source,
             "curve": self.curve,
             "seed": args.seed,
-            "args": vars(args),
+            "args": self.settings,
             "seconds": seconds,
             "measure": self.measure,
             "last": scores[-1],
@@ -2218,8 +2313,7 @@ class Run:
         report(self.method, args, final, self.folder)
         count = "ten" if len(scores) >= 10 else len(scores)
         print(f"mean of the last {count}: {mean_last_ten:.1f}; see {self.folder}")
-        if self.lock is not None:
-            os.close(self.lock)
+        release_locks()
         return result
 
 
@@ -2344,8 +2438,11 @@ def note_odd_rollouts(method: nn.Module) -> None:
 
 
 # ----- files -----
+LOCKS = []  # the files that hold this process's locks, open
+
+
 def lock_folder(folder: Path) -> int | None:
-    """Keep other processes out of a run's folder until this one ends, however it ends.
+    """Keep other processes out of a run's folder until release_locks, or until this process ends.
 
     -> the open file that holds the lock, or None where there are no locks. Whoever holds it removes
     what a killed process left half-written. Raises SystemExit where another process has it.
@@ -2353,20 +2450,26 @@ def lock_folder(folder: Path) -> int | None:
     with writing(folder / "lock"):
         file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        # Not flock: that would live on in worker processes, and keep this process, too, from
-        # resuming a run that it began.
+        # Not lockf: that would end when this process reads the file, as to copy the folder.
         fcntl = importlib.import_module("fcntl")
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (ImportError, OSError) as error:
         os.close(file)
         if getattr(error, "errno", None) in (errno.EACCES, errno.EAGAIN):
             sys.exit(f"another process works in {folder}: wait for its end, or stop it first")
         print(f"note: no locks here ({error}): see to it that no other process uses {folder}")
         return None
+    LOCKS.append(file)
     for part in folder.glob("*.part"):
         with writing(part):
             part.unlink()
     return file
+
+
+def release_locks() -> None:
+    """Let other processes into the folders that this one has locked."""
+    while LOCKS:
+        os.close(LOCKS.pop())
 
 
 @contextlib.contextmanager
@@ -2388,7 +2491,7 @@ def replacing(path: Path):
     part = Path(f"{path}.{os.getpid()}.part")
     with writing(path):
         try:
-            with open(part, "wb") as file:
+            with open(part, "w+b") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())  # else the new name might reach the disk before the content
@@ -2410,6 +2513,9 @@ def save(content, path: Path) -> None:
             content.savefig(file, format="png")
         else:
             torch.save(content, file)
+            file.seek(0)
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.write(digest.encode())  # `check_sum` reads it; torch.load does not mind it
 
 
 @contextlib.contextmanager
@@ -2417,27 +2523,32 @@ def loading(path: Path, device: torch.device | str = "cpu"):
     """`with loading(path) as content:` where any error, also in the block, ends in one sentence."""
     try:
         if path.suffix == ".json":
-            yield json.loads(path.read_text())
+            yield from_json(path.read_text())
         else:
-            with zipfile.ZipFile(path) as parts:  # as which torch.save writes
-                damaged = parts.testzip()  # torch.load does not look at the checksums
-            if damaged is not None:
-                raise ValueError(f"the checksum of {damaged} is wrong")
+            check_sum(path)
             yield torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         sys.exit(f"there is no {path}: did that run get so far?")
-    except Exception as error:  # torch, pickle, zipfile and our look-ups raise errors of their own
+    except Exception as error:  # torch, pickle, JSON and our look-ups raise errors of their own
         reason = " ".join(str(error).split())[:200]
         sys.exit(f"{path} is damaged or of another setting ({reason})")
 
 
+def check_sum(path: Path) -> None:
+    """Raise ValueError unless a file ends in the checksum, as 64 letters, of what precedes it.
+
+    torch.load looks at no checksum, and where there is one in its format, the headers have none.
+    """
+    content = np.memmap(path, np.uint8, "r")
+    digest = hashlib.sha256(content[:-64]).hexdigest()
+    if content[-64:].tobytes() != digest.encode():
+        raise ValueError("the checksum at its end is not that of its content")
+
+
 def load_args(run: str, settings: type = Args) -> Args:
     """The settings that a run was started with, checked like those of a command line."""
-    path = Path(run) / "args.json"
+    path = expanded(run) / "args.json"
     with loading(path) as saved:
-        for name, value in saved.items():
-            if isinstance(value, list):  # JSON has no tuples
-                saved[name] = tuple(value)
         if isinstance(saved.get("threads"), int):  # this machine may have fewer cores
             saved["threads"] = min(saved["threads"], os.cpu_count())
         unknown = saved.keys() - {field.name for field in dataclasses.fields(settings)}
@@ -2491,12 +2602,15 @@ def save_model(method: nn.Module, run: Path, source: dict) -> None:
     save(content, run / "model.pt")
 
 
-def load_model(method: nn.Module, run: Path, source: dict) -> None:
+def load_model(
+    method: nn.Module, run: str | Path, source: dict, keep_in: Path | None = None
+) -> None:
     """Take the latent model that save_model saved.
 
-    Raises SystemExit where it is of another task. Other data of the task are said.
+    A copy goes to the folder `keep_in`. Raises SystemExit where the model is of another task. Other
+    data of the task are said.
     """
-    path = run / "model.pt"
+    path = expanded(run) / "model.pt"
     env_id = method.args.env_id
     with loading(path, method.device) as saved:
         if saved["env_id"] != env_id:
@@ -2505,10 +2619,12 @@ def load_model(method: nn.Module, run: Path, source: dict) -> None:
             print(f"note: {path} was fitted to other data than {source['dataset']}")
         method.model.load_state_dict(saved["model"])
         load_optimizer(method.model_optimizer, saved["optimizer"])
+    if keep_in is not None:
+        save(saved, keep_in / "model.pt")
 
 
 def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: Args) -> None:
-    """Stop if what was saved is of another class or task. Raises SystemExit.
+    """Stop if what was saved is of another class, task or settings. Raises SystemExit.
 
     Another name of the script is said, because a script may be copied and go on.
     """
@@ -2517,6 +2633,11 @@ def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: 
         sys.exit(f"{run} is a run of {saved['kind']}, not of {own}: start the script of that class")
     if saved["env_id"] != args.env_id:
         sys.exit(f"{run} holds what was learned on {saved['env_id']}, not on {args.env_id}")
+    settings = lasting_settings(args)
+    for name, old in saved["args"].items():
+        value = settings.get(name)
+        if name not in ("run_dir", *NEW_WITH_RESUME) and value != old:
+            sys.exit(f"{run}/args.json was edited, put it back: {name} is {value} and was {old}")
     name = name_of(type(method))
     if saved["algo"] != name:
         print(f"note: {run} was made by {saved['algo']}, and this is {name}")
@@ -2525,7 +2646,7 @@ def refuse_another_class(run: str | Path, saved: dict, method: nn.Module, args: 
 def load_policy(run: str, settings: type = Args, method: type = COMBOPixels) -> nn.Module:
     """A method that acts as the policy of a saved run did, on the CPU. Raises SystemExit."""
     args = load_args(run, settings)
-    path = Path(run) / "policy.pt"
+    path = expanded(run) / "policy.pt"
     with loading(path) as saved:
         obs_dim, action_dim = saved["sizes"]
         policy = method(args, obs_dim, action_dim, torch.device("cpu"))

@@ -578,6 +578,7 @@ def test_a_resumed_run_is_the_undisturbed_run(data, whole, tmp_path, monkeypatch
         patch.setattr(combo_pixels.COMBOPixels, name, dying_step)
         with pytest.raises(Killed):
             combo_pixels.train(args_of(data, run_dir=str(tmp_path)))
+    combo_pixels.release_locks()  # as the end of a process does
     (run,) = tmp_path.iterdir()
     monkeypatch.setattr(sys, "argv", ["combo_pixels.py", "--resume", str(run)])
     combo_pixels.main()
