@@ -380,7 +380,11 @@ def test_episodes_of_sac_that_come_too_late_are_left_out(tmp_path, monkeypatch, 
     """mixed has 2 of the 3 that SAC saw until the return was reached: the first and the last."""
     returns = iter([1.0, 2.0, 3.0])
     settings = {"level": "mixed", "episodes": 2, "sac_steps": 1500, "medium_return": 3.0}
-    monkeypatch.setattr(mopo, "evaluate", lambda *arguments: np.array([next(returns)]))
+
+    def evaluate(sac, args, episodes, steps):
+        return np.array([next(returns)])
+
+    monkeypatch.setattr(mopo, "evaluate", evaluate)
     folder = make(tmp_path / "x", **settings)
     assert len(read(folder)) == 2
     attributes = json.loads((folder / "collection.json").read_text())
@@ -390,51 +394,48 @@ def test_episodes_of_sac_that_come_too_late_are_left_out(tmp_path, monkeypatch, 
 
 
 # --- stopped collections, old folders ---
+def stopping_after(calls: int, function):
+    """The function, which Ctrl-C stops at the end of its call number `calls`."""
+    done = []
+
+    def stopped(*arguments):
+        result = function(*arguments)
+        done.append(result)
+        if len(done) == calls:
+            raise KeyboardInterrupt
+        return result
+
+    return stopped
+
+
 @needs_files
 def test_resume_goes_on_with_the_next_image(tmp_path, monkeypatch, no_opengl):
     """Stopped while SAC learns, then while it renders the third episode, then not at all."""
     whole = contents(make(tmp_path / "whole", level="medium_expert"))
     settings = {"level": "medium_expert", "save_every": 500}
     path = tmp_path / "x"
-    save = collect.SACCollection.save
-    done = []
-
-    def save_and_stop(collection):
-        save(collection)
-        done.append(collection)
-        raise KeyboardInterrupt
-
     with monkeypatch.context() as patch:
-        patch.setattr(collect.SACCollection, "save", save_and_stop)
+        patch.setattr(collect.SACCollection, "save", stopping_after(1, collect.SACCollection.save))
         with pytest.raises(KeyboardInterrupt):
             make(path, **settings)
     assert [file.name for file in tmp_path.glob("x*")] == ["x.partial.pt"]
     with pytest.raises(SystemExit, match="x.partial.pt is a stopped run"):
         make(path, **settings)
     with pytest.raises(SystemExit, match="settings of the stopped run: level was medium_expert"):
-        make(path, **{**settings, "level": "medium"}, resume=True)
-
-    with_images = collect.with_images
-
-    def stop_at_the_third(episode, camera):
-        done.append(episode)
-        if len(done) == 4:
-            raise KeyboardInterrupt
-        return with_images(episode, camera)
+        make(path, level="medium", save_every=500, resume=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(collect, "with_images", stop_at_the_third)
+        patch.setattr(collect, "with_images", stopping_after(3, collect.with_images))
         with pytest.raises(KeyboardInterrupt):
             make(path, **settings, resume=True)
     assert not path.exists()
-    assert len(list((tmp_path / "x.part").glob("*.npz"))) == 2
-    (tmp_path / "x.part" / "episode-00002-501.npz.77.part").write_bytes(b"half a file")
+    part = tmp_path / "x.part"
+    assert len(list(part.glob("*.npz"))) == 2
+    (part / "episode-00002-501.npz.77.part").write_bytes(b"half a file")
 
-    rendered = []
-    with monkeypatch.context() as patch:
-        patch.setattr(collect, "with_images", lambda *a: rendered.append(1) or with_images(*a))
+    with monkeypatch.context() as patch:  # the other two are all that is left to render
+        patch.setattr(collect, "with_images", stopping_after(3, collect.with_images))
         make(path, **settings, resume=True)
-    assert len(rendered) == 2
     assert contents(path) == whole
     assert sorted(file.name for file in tmp_path.iterdir()) == ["whole", "x"]
 
