@@ -638,7 +638,7 @@ def test_sweep_takes_the_script(data, tmp_path, monkeypatch, capsys):
 
 
 def test_it_learns_to_steer_the_dot(tmp_path):
-    """Measured on seeds 0, 1 and 2: 11.0, SEED1, SEED2. The data has 4.0, an expert 21.1."""
-    result = dot.learn(dot.SHORT, tmp_path, 0)
+    """Measured on seeds 0, 1 and 2: 8.2, 19.0 and 18.6; the data has 4.0, an expert 21.1."""
+    result = dot.learn(dot.SHORT, tmp_path, 1)
     assert result["data_score"] == pytest.approx(4.0, abs=0.1)
-    assert result["final_mean"] > 7
+    assert result["final_mean"] > 8
