@@ -20,6 +20,8 @@
     python collect.py --env-id hopper-medium-v2      # also halfcheetah, walker2d; -random,
                                                      # -medium-replay, -medium-expert, -expert
     python collect.py --env-id halfcheetah-jump-v0   # MOPO's and COMBO's; also ant-angle-v0
+    python collect.py --env-id walker-walk --level mixed   # images; also random, medium,
+                                                           # medium_expert, expert
     python collect.py --env-id hopper-medium-v2 --resume   # goes on where it was stopped
 
 What is made is a re-collection, not the file that D4RL hosts. The attribute `note` of the file says
@@ -53,6 +55,19 @@ halfcheetah-jump, ant-angle: all rows that SAC saw while it learned another task
 than 3 m/s; to run along x), with the rewards of the task that is to be learned from them.
 
 Source: MOPO's paper. Nobody published these files.
+
+walker-walk: SAC as above, from states. The frames are rendered afterwards, from stored positions.
+
+    random          episodes of uniform actions
+    mixed           episodes that SAC saw until the medium policy (COMBO: medium-replay)
+    medium          episodes of SAC's policy, stopped about halfway to an expert's return
+    medium_expert   half of the episodes of medium, half of expert (COMBO: medium-expert)
+    expert          episodes of SAC's policy after --sac-steps
+
+Source: COMBO's section 5.2, "similar to Fu et al., each consisting of 200 trajectories", that is to
+D4RL; the names and the format, a folder with a file an episode, are V-D4RL's. COMBO does not say
+where it stopped; ours is the first mean of 10 sampled episodes that reaches a return of 500. Of
+the episodes that SAC saw until then mixed has --episodes, evenly spaced; all, if they are fewer.
 """
 
 import copy
@@ -64,12 +79,13 @@ import io
 import json
 import math
 import os
+import shutil
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import mopo  # before torch: it sets how threads wait
 
@@ -85,22 +101,28 @@ from mopo import Count, CountOrZero, NonNegative, Number, Positive, Rate, Seed, 
 
 
 # ===== 1. Arguments ===============================================================================
+Level = Literal["random", "mixed", "medium", "medium_expert", "expert"]
+
+
 @dataclasses.dataclass
 class Args:
     # --- dataset ---
     env_id: str = "maze2d-umaze-v1"  # task whose dataset is made
     seed: Seed = 0  # seed of all random draws
     steps: Count = 1_000_000  # rows, of each half in medium-expert (not where all are SAC's own)
-    output: str | None = None  # file (default: D4RL's name in D4RL's folder)
+    output: str | None = None  # file, or walker-walk's folder (default: D4RL's or V-D4RL's name)
     overwrite: bool = False  # replace an existing file, or start a stopped collection again
     resume: bool = False  # go on with a stopped collection, to the same file bit for bit (SAC)
     save_every: Count = 50_000  # rows between two saves of what --resume starts from (SAC)
     # --- maze2d ---
     action_noise: NonNegative = 0.5  # standard deviation of the noise on actions (D4RL's script)
     keep_quirks: bool = False  # repeat an observation at each goal switch, as D4RL's script does
+    # --- walker-walk ---
+    level: Level = "mixed"  # V-D4RL's names; COMBO's are medium-replay (mixed), medium-expert, ...
+    episodes: Count = 200  # of 500 steps each, in the whole dataset (COMBO)
     # --- SAC ---
     sac_steps: Count = 1_000_000  # steps of SAC; medium and medium-replay end at their return
-    medium_return: Number | None = None  # return that ends medium (ours: 1500, 4700 or 2700)
+    medium_return: Number | None = None  # return that ends medium (ours: 1500, 4700, 2700 or 500)
     eval_every: Count = 5_000  # steps between two evaluations (ours)
     eval_episodes: Count = 10  # episodes per evaluation, with sampled actions (ours)
     random_steps: CountOrZero = 5_000  # first steps, of uniform actions without training (ours)
@@ -138,6 +160,17 @@ RECIPES = {
 MEDIUM_RETURNS = {"hopper": 1500.0, "halfcheetah": 4700.0, "walker2d": 2700.0}
 # Mean and maximum return of an episode of MOPO's data, under the task to be learned (MOPO's paper).
 GENERALISATION = {"halfcheetah-jump-v0": (-1022.6, 1808.6), "ant-angle-v0": (866.7, 2311.9)}
+
+WALKER = "walker-walk"
+WALKER_STEPS = 500  # of an episode
+WALKER_MEDIUM_RETURN = 500.0  # that ends medium (ours); an expert's is about 950
+LEVELS = {  # V-D4RL's names of walker-walk's datasets, and D4RL's, which are COMBO's
+    "random": "random",
+    "mixed": "medium-replay",
+    "medium": "medium",
+    "medium_expert": "medium-expert",
+    "expert": "expert",
+}
 
 SAC_TASKS = {}
 for robot in MEDIUM_RETURNS:
@@ -508,6 +541,8 @@ class Recording:
         self.obs = None  # of the episode under way; None: the next row starts one
         observation = env.observation_space.shape
         physics = env.unwrapped.data
+        is_walker = env.spec.id == WALKER
+        physics_type = np.float64 if is_walker else np.float32  # images are rendered from it
         self.columns = {
             "observations": np.zeros((capacity, *observation), np.float32),
             "actions": np.zeros((capacity, *env.action_space.shape), np.float32),
@@ -515,9 +550,11 @@ class Recording:
             "next_observations": np.zeros((capacity, *observation), np.float32),
             "terminals": np.zeros(capacity, np.bool_),
             "timeouts": np.zeros(capacity, np.bool_),
-            "infos/qpos": np.zeros((capacity, *physics.qpos.shape), np.float32),
-            "infos/qvel": np.zeros((capacity, *physics.qvel.shape), np.float32),
+            "infos/qpos": np.zeros((capacity, *physics.qpos.shape), physics_type),
+            "infos/qvel": np.zeros((capacity, *physics.qvel.shape), physics_type),
         }
+        if is_walker:  # an episode has one image more than rows
+            self.columns["infos/next_qpos"] = np.zeros((capacity, *physics.qpos.shape))
         if env.spec.id in GENERALISATION:  # the rewards that SAC learns from
             self.columns["infos/behaviour_rewards"] = np.zeros(capacity, np.float32)
 
@@ -543,6 +580,8 @@ class Recording:
         self.columns["timeouts"][row] = truncated
         if "infos/behaviour_rewards" in self.columns:
             self.columns["infos/behaviour_rewards"][row] = info["behaviour_reward"]
+        if "infos/next_qpos" in self.columns:
+            self.columns["infos/next_qpos"][row] = physics.qpos
         self.count += 1
         if terminated or truncated:
             self.episodes += 1
@@ -555,14 +594,16 @@ class SACCollection:
     """SAC, the policies kept from it, and their rows: all that the next row depends on."""
 
     def __init__(self, args: Args, partial: Path):
-        self.recipe = SAC_TASKS[args.env_id]
+        self.recipe = recipe_of(args)
         self.partial = partial  # the file that --resume reads
+        if args.env_id == WALKER:
+            register_walker()
         self.env = mopo.make_env(args.env_id)
         (obs_dim,) = self.env.observation_space.shape
         (action_dim,) = self.env.action_space.shape
         self.args = with_task_defaults(args, action_dim)
         sac_steps = args.sac_steps if self.recipe.policies else 0
-        capacities = {part: args.steps for part in self.recipe.parts}
+        capacities = {part: self.args.steps for part in self.recipe.parts}
         capacities["SAC"] = sac_steps
         self.records = {}
         for name, capacity in capacities.items():
@@ -728,7 +769,7 @@ class SACCollection:
         """Stop if the settings are not those of the stopped run. Raises SystemExit."""
         before = json.loads(saved["settings"])
         now = json.loads(json.dumps(self.settings()))  # lists for tuples, as in `before`
-        other = [f"{name} was {before[name]}" for name in before if before[name] != now[name]]
+        other = [f"{name} was {before[name]}" for name in before if before[name] != now.get(name)]
         if other:
             sys.exit(f"--resume needs the settings of the stopped run: {', '.join(other)}")
         steps = len(saved["records"]["SAC"]["columns"]["rewards"])
@@ -742,7 +783,9 @@ class SACCollection:
     def settings(self) -> dict:
         """What decides the rows. It stands in the file, and --resume must find it unchanged."""
         names = []
-        if self.recipe.parts != ("SAC",):
+        if self.args.env_id == WALKER:
+            names += ["level", "episodes"]
+        elif self.recipe.parts != ("SAC",):
             names += ["steps"]
         if self.recipe.policies:
             names += ["eval_every", "eval_episodes", "random_steps", "batch_size", "hidden"]
@@ -766,6 +809,8 @@ class SACCollection:
         for name in parts[0].columns:
             pieces = [part.columns[name][: part.count] for part in parts]
             columns[name] = np.concatenate(pieces)
+        if self.args.env_id == WALKER and self.recipe.parts == ("SAC",):
+            columns = spread_episodes(columns, self.args.episodes)
         return columns
 
     def attributes(self, columns: Columns) -> dict:
@@ -814,9 +859,21 @@ def with_task_defaults(args: Args, action_dim: int) -> Args:
     if target_entropy is None:
         target_entropy = -float(action_dim)
     medium_return = args.medium_return
-    if medium_return is None:
+    if medium_return is None and args.env_id == WALKER:
+        medium_return = WALKER_MEDIUM_RETURN
+    elif medium_return is None:
         medium_return = MEDIUM_RETURNS.get(mopo.family_of(args.env_id))
-    return dataclasses.replace(args, target_entropy=target_entropy, medium_return=medium_return)
+    args = dataclasses.replace(args, target_entropy=target_entropy, medium_return=medium_return)
+    if args.env_id == WALKER:
+        steps = WALKER_STEPS * args.episodes // len(recipe_of(args).parts)
+        # Other processes would not know the environment, and have little to do without images.
+        args = dataclasses.replace(args, steps=steps, async_envs=False)
+    return args
+
+
+def recipe_of(args: Args) -> Recipe:
+    """How the dataset is made, if it is one of SAC's."""
+    return RECIPES[LEVELS[args.level]] if args.env_id == WALKER else SAC_TASKS[args.env_id]
 
 
 def returns_of(columns: Columns, rewards: str) -> tuple[float, float]:
@@ -837,16 +894,113 @@ def sha256_of(policy: nn.Module) -> str:
     return digest.hexdigest()
 
 
-# ===== 5. From the command line to the file =======================================================
+# ===== 5. The images of walker-walk ===============================================================
+def register_walker() -> None:
+    """Make walker-walk, seen from states, an environment that gymnasium knows."""
+    from combo_pixels import WalkerWalk  # which only this task needs
+
+    if WALKER not in gymnasium.registry:
+        limit = WalkerWalk.EPISODE_STEPS
+        gymnasium.register(
+            WALKER, WalkerWalk, max_episode_steps=limit, kwargs={"from_states": True}
+        )
+
+
+def check_rendering() -> None:
+    """Render an image now, not after hours of SAC. Raises SystemExit where that does not work."""
+    from combo_pixels import WalkerWalk
+
+    camera = WalkerWalk()
+    camera.reset(seed=0)
+    camera.close()
+
+
+def spread_episodes(columns: Columns, count: int) -> Columns:
+    """The rows of `count` whole episodes, evenly spaced in time; of all if there are fewer."""
+    whole = len(columns["rewards"]) // WALKER_STEPS
+    if whole == 0:
+        sys.exit(f"SAC was stopped within its first {WALKER_STEPS} steps: raise --medium-return")
+    chosen = np.linspace(0, whole - 1, min(count, whole)).round().astype(int)
+    rows = WALKER_STEPS * chosen[:, None] + np.arange(WALKER_STEPS)  # [chosen, 500]
+    return {name: column[rows.ravel()] for name, column in columns.items()}
+
+
+def write_episodes(path: Path, columns: Columns, attributes: dict) -> None:
+    """Render the episodes and write each to a file in the folder `path`, in V-D4RL's format.
+
+    They are collected in a folder beside it, which gets the name when the last is there. An episode
+    that a stopped run wrote stays. Beside the episodes stand note.txt, which the learning script
+    prints, and collection.json with the attributes.
+    """
+    from combo_pixels import WalkerWalk
+
+    camera = WalkerWalk()
+    part = part_of(path)
+    with mopo.writing(part):
+        part.mkdir(exist_ok=True)
+        for left in part.glob("*.part"):  # of a run that was killed while it wrote
+            left.unlink()
+    count = len(columns["rewards"]) // WALKER_STEPS
+    bar = mopo.Bar("episodes rendered", count)
+    for number in range(count):
+        # V-D4RL's readers take the rows of an episode from the end of its name.
+        file = part / f"episode-{number:05d}-{WALKER_STEPS + 1}.npz"
+        if not file.exists():
+            rows = slice(WALKER_STEPS * number, WALKER_STEPS * (number + 1))
+            episode = {name: column[rows] for name, column in columns.items()}
+            content = io.BytesIO()
+            np.savez_compressed(content, **with_images(episode, camera))
+            mopo.save(content.getvalue(), file)
+        bar.move_to(number + 1, "")
+    bar.close()
+    camera.close()
+    mopo.save(attributes["note"].encode(), part / "note.txt")
+    mopo.save(attributes, part / "collection.json")
+    with mopo.writing(path):
+        if path.exists():
+            shutil.rmtree(path)
+        part.rename(path)
+
+
+def with_images(episode: Columns, camera: gymnasium.Env) -> Columns:
+    """The rows [500] of an episode -> Dreamer's layout [501], which V-D4RL has.
+
+    Row t has the image after action t, that action, and its reward. Row 0 has the first image, and
+    zeros. No row is terminal, as an episode ends by its time limit; so the discount is 1.
+    """
+    rows = WALKER_STEPS + 1
+    positions = np.concatenate([episode["infos/qpos"][:1], episode["infos/next_qpos"]])
+    images = np.zeros((rows, camera.IMAGE_SIZE, camera.IMAGE_SIZE, 3), np.uint8)
+    for row, position in enumerate(positions):
+        camera.show(position)
+        images[row] = camera.image(camera.IMAGE_SIZE)
+    step = np.arange(rows)
+    return {
+        "image": images,
+        "action": np.pad(episode["actions"], ((1, 0), (0, 0))),
+        "reward": np.pad(episode["rewards"], (1, 0)),
+        "discount": np.ones(rows, np.float32),
+        "is_first": step == 0,
+        "is_last": step == WALKER_STEPS,
+        "is_terminal": np.zeros(rows, np.bool_),
+    }
+
+
+# ===== 6. From the command line to the file =======================================================
 def collect(args: Args) -> Path:
     """Collect a dataset and write it. -> its path"""
     check_args(args)
     path = output_path(args)
     partial = path.with_name(path.name + ".partial.pt")
     check_files(args, path, partial)
+    if args.env_id == WALKER:
+        check_rendering()
     started = time.monotonic()
     first = "" if args.env_id in MAZE2D_TASKS else ", after SAC has learned, which takes hours"
-    print(f"collecting {args.env_id}, --steps {args.steps}{first}, to {path}", flush=True)
+    size = f"--steps {args.steps}"
+    if args.env_id == WALKER:
+        size = f"--level {args.level}, --episodes {args.episodes}"
+    print(f"collecting {args.env_id}, {size}{first}, to {path}", flush=True)
     if args.env_id in MAZE2D_TASKS:
         columns = collect_maze2d(args)
         attributes = maze2d_attributes(args, columns)
@@ -856,10 +1010,16 @@ def collect(args: Args) -> Path:
             collection.load()
         else:
             partial.unlink(missing_ok=True)
+            if args.env_id == WALKER:
+                shutil.rmtree(part_of(path), ignore_errors=True)
         collection.run()
         columns = collection.columns()
         attributes = collection.attributes(columns)
-    write_hdf5(path, columns, attributes)
+    if args.env_id == WALKER:
+        collection.save()  # all rows: --resume goes on with the images
+        write_episodes(path, columns, attributes)
+    else:
+        write_hdf5(path, columns, attributes)
     partial.unlink(missing_ok=True)
     seconds = time.monotonic() - started
     print(f"{path}: {attributes['note']} It took {seconds:.0f} s.")
@@ -880,14 +1040,16 @@ def main() -> None:
 
 def check_args(args: Args) -> None:
     """Stop on settings that make no sense or contradict each other. Raises SystemExit."""
-    known = [*MAZE2D_TASKS, *SAC_TASKS]
+    known = [*MAZE2D_TASKS, *SAC_TASKS, WALKER]
     if args.env_id not in known:
         nearest = difflib.get_close_matches(args.env_id, known, n=3, cutoff=0.0)
         sys.exit(f"no recipe for --env-id {args.env_id}; the nearest: {', '.join(nearest)}")
     mopo.check_ranges(args)
     if args.env_id in MAZE2D_TASKS and args.resume:
         sys.exit("maze2d takes a minute and saves nothing that --resume could start from")
-    has_policies = args.env_id in SAC_TASKS and SAC_TASKS[args.env_id].policies
+    if args.env_id == WALKER and args.episodes % len(recipe_of(args).parts) != 0:
+        sys.exit(f"--episodes is {args.episodes}, but both policies make half of them")
+    has_policies = args.env_id not in MAZE2D_TASKS and recipe_of(args).policies
     if has_policies and args.sac_steps <= args.random_steps:
         sys.exit(f"--sac-steps must exceed --random-steps {args.random_steps}")
 
@@ -898,7 +1060,10 @@ def settings_of(args: Args, names: list[str]) -> dict:
     settings = {"env_id": args.env_id, "seed": args.seed}
     for name in names:
         settings[name] = getattr(args, name)
-    for package in ("gymnasium", "gymnasium-robotics", "mujoco", "numpy", "torch"):
+    packages = ["gymnasium", "gymnasium-robotics", "mujoco", "numpy", "torch"]
+    if args.env_id == WALKER:
+        packages.append("dm_control")
+    for package in packages:
         settings[package] = importlib.metadata.version(package)
     return settings
 
@@ -908,23 +1073,30 @@ def note(args: Args, facts: list[str]) -> str:
     origin = "A re-collection by D4RL's recipe with collect.py, not the file that D4RL hosts."
     if args.env_id in GENERALISATION:
         origin = "Made with collect.py as MOPO's paper says; its own file was never published."
+    if args.env_id == WALKER:
+        origin = "A re-collection with collect.py, neither V-D4RL's data nor COMBO's."
     return f"{origin} Seed {args.seed}; {'; '.join(facts)}."
 
 
 def output_path(args: Args) -> Path:
-    """--output, else D4RL's own name in D4RL's folder."""
+    """--output, else D4RL's own name in D4RL's folder. For walker-walk it is a folder."""
     if args.output is not None:
         return mopo.expanded(args.output)
     url = mopo.d4rl_tables()["DATASET_URLS"].get(args.env_id, f"{args.env_id}.hdf5")
-    folder = os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets"
-    return mopo.expanded(folder) / url.rsplit("/", 1)[-1]
+    folder = mopo.expanded(os.environ.get("D4RL_DATASET_DIR") or "~/.d4rl/datasets")
+    if args.env_id == WALKER:
+        return folder / "vd4rl" / "main" / "walker_walk" / args.level / "64px"
+    return folder / url.rsplit("/", 1)[-1]
 
 
 def check_files(args: Args, path: Path, partial: Path) -> None:
     """Refuse now what would fail, or destroy something, after the collection."""
-    part = part_of(path)
+    probe = part_of(partial)
     try:
-        if path.is_dir():
+        if args.env_id == WALKER:
+            check_old_episodes(path)
+            check_old_episodes(part_of(path))
+        elif path.is_dir():
             sys.exit(f"{path} is a folder: --output takes the name of a file")
         if path.exists() and not args.overwrite:
             sys.exit(f"{path} exists: add --overwrite to replace it")
@@ -933,10 +1105,21 @@ def check_files(args: Args, path: Path, partial: Path) -> None:
         if partial.exists() and not (args.resume or args.overwrite):
             sys.exit(f"{partial} is a stopped run: --resume continues it, --overwrite starts again")
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(b"")
-        part.unlink()
+        probe.write_bytes(b"")
+        probe.unlink()
     except OSError as error:
         sys.exit(f"cannot write {path} ({error})")
+
+
+def check_old_episodes(path: Path) -> None:
+    """Refuse a folder that holds more than a collection, which replaces it. Raises SystemExit."""
+    if path.exists() and not path.is_dir():
+        sys.exit(f"{path} is a file: --output takes the name of a folder for {WALKER}")
+    if path.is_dir():
+        for file in path.iterdir():
+            is_ours = file.suffix in (".npz", ".part")
+            if not is_ours and file.name not in ("note.txt", "collection.json"):
+                sys.exit(f"{path} has {file.name}, which is no episode: take another --output")
 
 
 def part_of(path: Path) -> Path:

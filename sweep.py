@@ -112,6 +112,8 @@ ONLY_RUNNING = (
     "wandb_entity",
     "capture_video",
     "log_every",
+    "model_log_every",
+    "pictures_every",
     "checkpoint_every",
     "async_envs",
     "cuda_graphs",

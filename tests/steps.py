@@ -1,7 +1,7 @@
 """The steps that are recorded as CUDA graphs, ready to be called: for tests and measurements.
 
-`build` makes a method (AMPL, MOPO, COMBO) on random data of a task's shape. STEPS says how to get
-each of its steps as a function without arguments.
+`build` makes a method (AMPL, MOPO, COMBO, COMBOPixels) on random data of a task's shape. STEPS says
+how to get each of its steps as a function without arguments.
 """
 
 import functools
@@ -38,6 +38,15 @@ TINY = {
     "actor_lr": 1e-2,
     "critic_lr": 1e-2,
     "omega_lr": 1e-2,
+    "sequences": 2,
+    "sequence_length": 4,
+    "memory_size": 8,
+    "stoch_size": 3,
+    "num_heads": 3,
+    "conv_depth": 2,
+    "model_rows": 50,
+    "model_lr": 1e-2,
+    "actor_hidden": (8, 8),
 }
 
 
@@ -61,6 +70,18 @@ def dataset(rows: int, obs_dim: int, action_dim: int) -> dict[str, Tensor]:
     }
 
 
+def episodes(action_dim: int) -> dict[str, Tensor]:
+    """Two episodes of 51 random images, as combo_pixels.load_dataset gives them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (2, 51)
+    images = torch.randint(256, (*shape, 64, 64, 3), generator=generator, dtype=torch.uint8)
+    return {
+        "image": images,
+        "action": 2 * torch.rand(*shape, action_dim, generator=generator) - 1,
+        "reward": torch.rand(shape, generator=generator),
+    }
+
+
 def build(script: str, method: str, device="cpu", rows=60, sizes=WALKER2D, **settings) -> nn.Module:
     """A method with data and a filled D_model; it takes those of the settings that it has.
 
@@ -70,8 +91,14 @@ def build(script: str, method: str, device="cpu", rows=60, sizes=WALKER2D, **set
     Args = getattr(module, "Args", ampl.Args)  # an ablation may have no settings of its own
     wanted = {"env_id": "walker2d-medium-v2", "initial_states": "dataset"} | settings
     args = Args(**{name: value for name, value in wanted.items() if hasattr(Args, name)})
-    built = getattr(module, method)(args, *sizes, torch.device(device))
-    built.set_data(dataset(rows, *sizes))
+    if script == "combo_pixels":
+        obs_dim = args.stoch_size + args.memory_size  # of a latent state
+        built = module.COMBOPixels(args, obs_dim, sizes[1], torch.device(device))
+        built.set_data(episodes(sizes[1]))
+        built.encode_data(ignore_progress)
+    else:
+        built = getattr(module, method)(args, *sizes, torch.device(device))
+        built.set_data(dataset(rows, *sizes))
     built.rollout()
     return built
 
@@ -153,6 +180,11 @@ def fit_step(method: nn.Module) -> Callable[[], dict]:
     return captured_step(method, method.fit_model, ignore_progress)
 
 
+def latent_model_step(method: nn.Module) -> Callable[[], dict]:
+    """A step of COMBOPixels' model."""
+    return method.model_step
+
+
 def omega_step(method: nn.Module) -> Callable[[], dict] | None:
     """A step of AMPL's omega; some ablations have none."""
     return captured_step(method, method.fit_omega, 1, ignore_progress)
@@ -181,6 +213,9 @@ STEPS = {
     "combo": Step("combo", "COMBO", iteration, 360),
     "combo rollout": Step("combo", "COMBO", rollout, 485),
     "combo model step": Step("combo", "COMBO", fit_step, 100),
+    "combo_pixels": Step("combo_pixels", "COMBOPixels", iteration, 345),
+    "combo_pixels rollout": Step("combo_pixels", "COMBOPixels", rollout, 315),
+    "combo_pixels model step": Step("combo_pixels", "COMBOPixels", latent_model_step, 4200),
 }
 
 

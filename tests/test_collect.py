@@ -668,5 +668,5 @@ def test_help_starts_with_what_it_does_and_the_most_used_commands(monkeypatch, c
         collect.main()
     description, _ = capsys.readouterr().out.split("options", 1)
     assert "Make anew the datasets that no server hosts" in description
-    assert description.count("python collect.py --env-id") == 4
-    assert len(description.splitlines()) < 16
+    assert description.count("python collect.py --env-id") == 5
+    assert len(description.splitlines()) < 18
