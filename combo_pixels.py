@@ -13,7 +13,7 @@
 # ]
 # ///
 """COMBO from images, in the latent space of a recurrent model (Yu et al. 2021, section 5.2). The
-model and all constants that the paper does not give are those of LOMPO (Rafailov et al. 2020).
+paper "follows" LOMPO (Rafailov et al. 2020), whose code has the model and all constants but beta.
 
 combo.py learns a policy from states. Here the state is hidden: an observation is one image of 64 x
 64 pixels, which shows where a walker is and not how fast it moves. So a recurrent model is fitted

@@ -1,6 +1,6 @@
 """A task of images that needs no OpenGL: a dot, whose velocity no image shows, is pushed to a goal.
 
-    python tests/dot.py            # learns it on three seeds, about five minutes of a core each
+    python tests/dot.py            # learns it on three seeds, a few minutes of a core each
 
 Importing this module registers Dot-v0 with gymnasium. `write_episodes` makes data in V-D4RL's
 format, of a mediocre policy. `controller` is an expert that sees the velocity.
