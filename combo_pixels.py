@@ -95,6 +95,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
 import zipfile
 import zlib
@@ -102,8 +103,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-# Threads that wait for work spin, which stops the others on a busy machine: beside one more process
-# an iteration took 518 ms instead of 26. With this it takes 67, and 29 on an idle machine.
+# Threads that wait for work spin, which stops the others on a busy machine. With this they spin
+# less: an iteration beside one more process takes 67 ms instead of 518, one alone 29 instead of 26.
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
@@ -803,9 +804,8 @@ class COMBOPixels(nn.Module):
 
     def rows_of_rho(self, batch: Batch) -> Batch:
         """The rows of a batch whose states are rho's: all of them, or those of D_model alone."""
-        # Paper: states of rollouts of pi, to which the data's are added for stability. Recalled: on
-        # hopper none of the data's. Here: the rollouts are those of mu, the only ones in D_model,
-        # so with --rollout-actions uniform they are not pi's.
+        # Paper: states of rollouts, to which the data's are added for stability. Recalled: on hopper
+        # none of the data's.
         if self.args.rho_states == "mixed":
             return batch
         num_real = real_rows(self.args)
@@ -1478,21 +1478,31 @@ def try_env(env_id: str) -> gymnasium.Env:
     """
     env = make_env(env_id)
     shape = env.observation_space.shape
-    try:
+    dtype = env.observation_space.dtype
+    with working(env_id):
         obs, _ = env.reset(seed=2**32 - 1)
         middle = np.zeros(env.action_space.shape, np.float32)
         next_obs, reward, terminated, truncated, _ = env.step(middle)
         for state in (obs, next_obs):
             if np.shape(state) != shape or not np.isfinite(state).all():
                 raise ValueError(f"an observation is {state} and not {shape} finite numbers")
+            if not np.can_cast(np.asarray(state).dtype, dtype, "same_kind"):
+                raise ValueError(f"observations are not of their space's type, {dtype}")
         if np.shape(reward) != () or not math.isfinite(reward):
             raise ValueError(f"the reward is {reward!r} and not a finite number")
         if np.shape(terminated) != () or np.shape(truncated) != ():
             raise ValueError("terminated and truncated are arrays and not True or False")
-    except Exception as error:  # whatever an environment raises
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        sys.exit(f"--env-id {env_id}: a reset and a step do not work, mend them first ({reason})")
     return env
+
+
+@contextlib.contextmanager
+def working(env_id: str):
+    """`with working(env_id):` where whatever an environment raises ends in one sentence."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        sys.exit(f"--env-id {env_id}: a reset or a step does not work, mend it first ({reason})")
 
 
 # ===== walker-walk from images ====================================================================
@@ -1690,18 +1700,62 @@ def capture(step: Callable[..., dict], args: Args) -> Callable[..., dict]:
     """`step` as a CUDA graph, which does the same in less time; on a CPU it is `step` itself.
 
     A graph holds no `if`, so each combination of the arguments of `step`, which are bool, gets one
-    of its own.
+    of its own. The first call of each is checked for shapes that do not fit: see SameShapes.
     """
-    if not (args.cuda and args.cuda_graphs and torch.cuda.is_available()):
-        return step
-    recorded = {}
+    graphs = args.cuda and args.cuda_graphs and torch.cuda.is_available()
+    known = {}
 
     def call(*flags: bool) -> dict:
-        if flags not in recorded:
-            recorded[flags] = RecordedStep(functools.partial(step, *flags))
-        return recorded[flags]()
+        if flags in known:
+            return known[flags]()
+        own_step = functools.partial(step, *flags)
+        known[flags] = RecordedStep(own_step) if graphs else own_step
+        with SameShapes():
+            return known[flags]()
 
     return call
+
+
+class SameShapes(torch.overrides.TorchFunctionMode):
+    """`with SameShapes():` where shapes end the run that torch would stretch without a word.
+
+    A network of one's own that gives [B, 1] in place of [B] is the usual case: combined with a [B]
+    it becomes [B, B], all pairs, whose mean trains something else. So do losses of torch whose two
+    arguments differ. Raises SystemExit with the line of code.
+    """
+
+    PAIRED = (F.mse_loss, F.huber_loss, F.l1_loss, F.smooth_l1_loss)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        shapes = []
+        for value in (*args, *kwargs.values()):
+            if isinstance(value, Tensor):
+                shapes.append(tuple(value.shape))
+        if function in self.PAIRED and shapes[0] != shapes[1]:
+            self.refuse(shapes[0], shapes[1])
+        result = function(*args, **kwargs)
+        if function is F.linear:  # whose weights may be [B, 1] and its biases [B]
+            return result
+        for shape in shapes:
+            column = (*shape, 1)
+            all_pairs = shape + shape
+            if len(shape) == 1 and column in shapes and column != all_pairs:
+                if getattr(result, "shape", None) == all_pairs:
+                    self.refuse(column, shape)
+        return result
+
+    def refuse(self, one: tuple[int, ...], other: tuple[int, ...]) -> None:
+        """Name the line where two shapes meet, which is not torch's own."""
+        torch_folder = str(Path(torch.__file__).parent)
+        for place in traceback.extract_stack()[:-2]:
+            if not place.filename.startswith(torch_folder):
+                last = place
+        sys.exit(
+            f"{last.filename}, line {last.lineno}, combines shapes {list(one)} and {list(other)}: "
+            "which network or function gives one too many or too few? ([B, 1] needs .squeeze(-1). "
+            "Where all pairs are meant, write the second as [None, :])"
+        )
 
 
 class RecordedStep:
@@ -1784,7 +1838,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
         for first in range(0, episodes, args.eval_episodes):
             numbers = range(first, first + args.eval_episodes)
             env_seeds = [episode_seed(args.seed, k, number) for number in numbers]
-            returns = one_episode_each(method, envs, env_seeds)
+            returns = one_episode_each(method, envs, env_seeds, args.env_id)
             scores.append(scores_of(args.env_id, returns))
     return np.concatenate(scores)[:episodes]
 
@@ -1801,7 +1855,7 @@ def episode_seed(seed: int, k: int, number: int) -> int:
 
 
 def one_episode_each(
-    method: nn.Module, envs: gymnasium.vector.VectorEnv, env_seeds: list[int]
+    method: nn.Module, envs: gymnasium.vector.VectorEnv, env_seeds: list[int], env_id: str
 ) -> np.ndarray:
     """Returns [environments] of one episode in each environment.
 
@@ -1810,10 +1864,13 @@ def one_episode_each(
     """
     returns = np.zeros(envs.num_envs)
     running = np.ones(envs.num_envs, bool)
-    obs, _ = envs.reset(seed=env_seeds)
+    with working(env_id):
+        obs, _ = envs.reset(seed=env_seeds)
     method.forget()
     while running.any():
-        obs, reward, terminated, truncated, _ = envs.step(method.act(obs))
+        action = method.act(obs)
+        with working(env_id):
+            obs, reward, terminated, truncated, _ = envs.step(action)
         returns[running] += reward[running]
         running &= ~(terminated | truncated)
     return returns

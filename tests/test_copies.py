@@ -176,6 +176,8 @@ SAME = {
         "refuse_another_class",
         "load_policy",
         "try_env",
+        "working",
+        "SameShapes",
     ],
 }
 
