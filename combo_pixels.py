@@ -804,8 +804,8 @@ class COMBOPixels(nn.Module):
 
     def rows_of_rho(self, batch: Batch) -> Batch:
         """The rows of a batch whose states are rho's: all of them, or those of D_model alone."""
-        # Paper: states of rollouts, to which the data's are added for stability. Recalled: on hopper
-        # none of the data's.
+        # Paper: states of rollouts, to which the data's are added for stability. Recalled: none of
+        # the data's on hopper.
         if self.args.rho_states == "mixed":
             return batch
         num_real = real_rows(self.args)
