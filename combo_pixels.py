@@ -49,8 +49,8 @@ The symbols. T and B are the numbers of steps and of sequences, or B alone that 
 S = 320 is the size of a latent state, A that of an action, K is `num_heads`, n is `num_actions`.
 
     x, r           images, rewards              [T, B, 3, 64, 64] in [-0.5, 0.5], [T, B]
-    z, h           stoch, memory                [T, B, 64], [T, B, 256]
-    q, p_k         model.posterior, model.prior     -> mean, std [T, B, 64]
+    z, h           stoch, memory                [T, B, Z], [T, B, H], where Z = 64 and H = 256
+    q, p_k         model.posterior, model.prior     -> mean, std [T, B, Z]
     s, a, r, s'    obs, action, reward, next_obs    [B, S], [B, A], [B], [B, S]: a latent state is
                                                 to the agent what an observation is in combo.py
     D, D_model     data, model_data             [rows, S + A + 1 + S + 1], a transition a row
@@ -62,12 +62,14 @@ S = 320 is the size of a latent state, A that of an action, K is `num_heads`, n 
 Nobody released code of COMBO from images. Whose what is:
 
     that a recurrent model replaces the state, Eq. (2) and (3)       COMBO's section 5.2 and 3
-    model, its fit, rollouts, agent's networks, every constant       LOMPO's code
-    the soft maximum in Eq. (2): n uniform actions and pi's, equal   LOMPO's code, which has it
-        weights, all states of a batch, a share f = 0.5 of data          switched off (weight 0)
-    beta; that rho and f are as there                                ours: the paper is silent
+    model, its fit (KL with weight 1, no free nats), rollouts        LOMPO's code
+    agent's networks and constants, a deterministic policy           LOMPO's code
+    the form of the gap in Eq. (2), with f and rho: a soft maximum   LOMPO's code, which has it
+        over n uniform actions and pi's, equal weights, all states   switched off (weight 0)
+        of a batch, a share f = 0.5 of data
+    that this form with its f and rho is COMBO's, and beta           ours: the paper is silent
     no penalty for the model's uncertainty                           COMBO's idea; LOMPO's code has
-                                                                         one, 5 times a deviation
+                                                                     one, 5 times a deviation
 
 Notes `LOMPO's code: ... Here: ...` say where this file differs. As in combo.py, Eq. (1), (4) and
 (5) have no line. combo.py's `--select` also chooses between finished runs of this script, by the
@@ -147,7 +149,7 @@ Level = Literal["random", "mixed", "medium", "medium_expert", "expert"]
 
 
 # Defaults are those of LOMPO's code (its walker), from which COMBO's image experiments take all
-# that the paper does not name. (ours): beta, and what concerns how a script runs.
+# that the paper does not name, unless marked (ours).
 @dataclasses.dataclass
 class Args:
     # --- task and data ---
@@ -155,7 +157,7 @@ class Args:
     level: Level = "mixed"  # V-D4RL's names; COMBO's: mixed is M-R, medium_expert is M-E
     dataset_path: str | None = None  # folder of .npz episodes (default: V-D4RL's in D4RL's folder)
     seed: Seed = 0  # seed of all random draws (the paper reports three)
-    total_iterations: Count = 100_000  # iterations in latent space (V-D4RL's LOMPO: 150,000)
+    total_iterations: Count = 100_000  # iterations in latent space (V-D4RL's LOMPO 150,000)
     # --- latent model ---
     model_steps: Count = 25_000  # steps of the fit
     sequences: Count = 64  # sequences per step
@@ -337,7 +339,11 @@ class Belief(NamedTuple):
 
 
 class LatentModel(nn.Module):
-    """The recurrent model of images and rewards: encoder, GRU, posterior, priors, two decoders."""
+    """The recurrent model of images and rewards: encoder, GRU, posterior, priors, two decoders.
+
+    `obs` is a latent state here, too, (z, h) side by side, and never an image. An image's features
+    are [B, F] with F = 32 conv_depth.
+    """
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -363,7 +369,7 @@ class LatentModel(nn.Module):
         return self.gru(x, memory)
 
     def infer(self, memory: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A draw of the posterior: h [B, H], image features [B, E] -> obs [B, S], mean, std."""
+        """A draw of the posterior: h [B, H], image features [B, F] -> obs [B, S], mean, std."""
         mean, std = gaussian(self.posterior(torch.cat([memory, features], -1)))
         stoch = mean + std * torch.randn_like(mean)
         return torch.cat([stoch, memory], -1), mean, std
@@ -380,7 +386,7 @@ class LatentModel(nn.Module):
 
         actions [T, B, A] are those before the images: actions[t] led to images[t].
         """
-        features = self.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # [T, B, E]
+        features = self.encode(images.flatten(0, 1)).unflatten(0, images.shape[:2])  # [T, B, F]
         obs = self.start(images.shape[1], images.device)
         steps = []
         for step_features, action in zip(features, actions):
@@ -390,7 +396,7 @@ class LatentModel(nn.Module):
         return Belief(*(torch.stack(series) for series in zip(*steps)))
 
     def encode(self, images: Tensor) -> Tensor:
-        """Images [N, 3, 64, 64] -> features [N, E]."""
+        """Images [N, 3, 64, 64] -> features [N, F]."""
         with self.precision(images.device):
             return self.encoder(images).float()
 
@@ -452,16 +458,16 @@ def unit_log_density(x: Tensor, mean: Tensor) -> Tensor:
 def evidence_lower_bound(image: Tensor, reward: Tensor, kl: Tensor) -> Tensor:
     """The mean over steps and sequences of log-densities of images and rewards, less the KL.
 
-    All three are [T, B].
+    All three are [T, B]. Unlike Dreamer's, the KL counts fully, however small it is.
     """
     return (image + reward - kl).mean()
 
 
 def log_sum_exp(q: Tensor) -> Tensor:
-    """A soft maximum of Q over K actions per state, but for the constant log K. -> [2, B]
+    """A soft maximum of Q over n + 1 actions per state, but for a constant. -> [2, B]
 
-    q is [2, B, K]. As combo.py's, with equal densities: a deterministic policy has none. Descent
-    lowers Q most where it is highest.
+    q is [2, B, n + 1]. As combo.py's, with equal densities: a deterministic policy has none.
+    Descent lowers Q most where it is highest.
     """
     return q.logsumexp(-1)
 
@@ -739,7 +745,8 @@ class COMBOPixels(nn.Module):
         return (action + noise).clamp(-1, 1)
 
     def rollout_phases(self, iteration: int) -> int:
-        """How many phases follow one another: before the first iteration enough for its batches."""
+        """How many phases follow one another: before the first iteration, as many whole phases as
+        give `rollout_first_rows`."""
         if iteration > 0:
             return 1
         rows_per_phase = self.args.rollout_starts * self.args.horizon
@@ -765,8 +772,9 @@ class COMBOPixels(nn.Module):
 
         # The policy raises Q. Its loss passes through the critics; `inputs` keeps the gradient to
         # the policy.
-        # LOMPO's code: the gradient is that of the critics before their step. Here: after it, as in
-        # combo.py.
+        # Paper: at states of rho in Eq. (3), of d_f in Algorithm 1. Here: at those of d_f, all of
+        # the batch. LOMPO's code: the gradient is that of the critics before their step. Here:
+        # after it, as in combo.py.
         actor_loss = policy_loss(self.critic(batch.obs, self.actor(batch.obs)))  # Eq. (3)
         self.actor_optimizer.zero_grad()
         actor_loss.backward(inputs=parameters_of(self.actor_optimizer))
@@ -804,8 +812,7 @@ class COMBOPixels(nn.Module):
 
     def rows_of_rho(self, batch: Batch) -> Batch:
         """The rows of a batch whose states are rho's: all of them, or those of D_model alone."""
-        # Paper: states of rollouts, to which the data's are added for stability. Recalled: none of
-        # the data's on hopper.
+        # Paper: states of rollouts, to which the data's are added for stability.
         if self.args.rho_states == "mixed":
             return batch
         num_real = real_rows(self.args)
@@ -1279,8 +1286,11 @@ def load_dataset(args: Args) -> dict:
 FOLDERS = {"mixed": ("mixed", "medium_replay")}
 
 
-def find_dataset(args: Args) -> Path:
-    """--dataset-path, else V-D4RL's folder of the level. Raises SystemExit with what helps."""
+def find_dataset(args: Args, may_fetch: bool = True) -> Path:
+    """--dataset-path, else V-D4RL's folder of the level. Raises SystemExit with what helps.
+
+    sweep.py says `may_fetch` to every script. This one fetches nothing in either case.
+    """
     if args.dataset_path:
         folder = expanded(args.dataset_path)
         if not folder.is_dir():
