@@ -1510,7 +1510,7 @@ def working(env_id: str):
     """`with working(env_id):` where whatever an environment raises ends in one sentence."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         sys.exit(f"--env-id {env_id}: a reset or a step does not work, mend it first ({reason})")
 
@@ -1843,7 +1843,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
         asynchronous = method.device.type == "cuda" and os.cpu_count() >= 8
     envs = vector_env(args.env_id, args.eval_episodes, asynchronous)
     scores = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), in_eval_mode(method):
         reseed(args.seed, "evaluation", k)
         for first in range(0, episodes, args.eval_episodes):
             numbers = range(first, first + args.eval_episodes)
@@ -1851,6 +1851,24 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
             returns = one_episode_each(method, envs, env_seeds, args.env_id)
             scores.append(scores_of(args.env_id, returns))
     return np.concatenate(scores)[:episodes]
+
+
+@contextlib.contextmanager
+def in_eval_mode(method: nn.Module):
+    """`with in_eval_mode(method):` where dropout and batch norm do what they do when one acts.
+
+    Afterwards the networks that were in train mode are in it again. A stand-in that is no nn.Module
+    has none.
+    """
+    modules = method.modules() if isinstance(method, nn.Module) else []
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def episode_seed(seed: int, k: int, number: int) -> int:
@@ -2247,6 +2265,7 @@ class Run:
         policy = {
             **self.origin(),
             "policy": {name: getattr(method, name).state_dict() for name in method.acting},
+            "buffers": small_buffers(method),
             "sizes": (method.obs_dim, method.action_dim),
         }
         save(policy, self.folder / "policy.pt")
@@ -2447,6 +2466,14 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def small_buffers(method: nn.Module) -> dict[str, Tensor]:
+    """The method's own buffers, not its networks', that `act` may use: all but those of D_model."""
+    buffers = dict(method.named_buffers(recurse=False))
+    for name in ("model_data", "write_row", "num_model_rows"):
+        buffers.pop(name, None)
+    return buffers
+
+
 def hides_networks(value) -> bool:
     """Whether lists, tuples and dicts, one in another perhaps, hold a network or a parameter."""
     if isinstance(value, dict):
@@ -2612,9 +2639,20 @@ def check_sum(path: Path) -> None:
         raise ValueError("the checksum at its end is not that of its content")
 
 
+def folder_of_run(run: str | Path) -> Path:
+    """The folder that --resume, --evaluate or --dynamics-from names. Raises SystemExit for a file.
+
+    A folder that is not there is said where its files are read.
+    """
+    folder = expanded(run)
+    if folder.is_file():
+        sys.exit(f"{run} is a file: name the folder, {folder.parent}")
+    return folder
+
+
 def load_args(run: str, settings: type = Args) -> Args:
     """The settings that a run was started with, checked like those of a command line."""
-    path = expanded(run) / "args.json"
+    path = folder_of_run(run) / "args.json"
     with loading(path) as saved:
         if isinstance(saved.get("threads"), int):  # this machine may have fewer cores
             saved["threads"] = min(saved["threads"], os.cpu_count())
@@ -2722,7 +2760,9 @@ def load_policy(run: str, settings: type = Args, method: type = COMBOPixels) -> 
             sys.exit(f"{path} holds {list(saved['policy'])}, but needs {list(policy.acting)}")
         for name in policy.acting:
             getattr(policy, name).load_state_dict(saved["policy"][name])
-    return policy
+        for name, buffer in saved.get("buffers", {}).items():  # older files have none
+            policy.register_buffer(name, buffer)
+    return policy.eval()
 
 
 if __name__ == "__main__":
