@@ -3047,8 +3047,11 @@ def one_episode_each(
     with working(env_id):
         obs, _ = envs.reset(seed=env_seeds)
     while running.any():
+        with working(env_id):
+            if not np.isfinite(obs[running]).all():
+                raise ValueError("an observation holds NaN or infinity")
         action = method.act(obs)
-        if not np.isfinite(action).all():
+        if not np.isfinite(action[running]).all():
             sys.exit(f"--env-id {env_id}: the policy's actions are NaN: lower the learning rates")
         with working(env_id):
             obs, reward, terminated, truncated, _ = envs.step(action)
@@ -3056,8 +3059,6 @@ def one_episode_each(
             running &= ~(terminated | truncated)
             if not np.isfinite(returns).all():
                 raise ValueError(f"a reward makes the returns {returns}")
-            if not np.isfinite(obs[running]).all():
-                raise ValueError("an observation holds NaN or infinity")
     return returns
 
 
@@ -3632,10 +3633,16 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def small_buffers(method: nn.Module) -> dict[str, Tensor]:
-    """The method's own buffers, not its networks', that `act` may use: all but those of D_model."""
-    buffers = dict(method.named_buffers(recurse=False))
-    for name in ("model_data", "write_row", "num_model_rows"):
-        buffers.pop(name, None)
+    """The method's own buffers, not its networks', that `act` may use.
+
+    That is all but those of D_model, and those with an entry for each row of the data.
+    """
+    num_rows = len(getattr(method, "data", ()))
+    buffers = {}
+    for name, buffer in method.named_buffers(recurse=False):
+        of_rows = buffer.dim() > 0 and len(buffer) == num_rows
+        if not of_rows and name not in ("model_data", "write_row", "num_model_rows"):
+            buffers[name] = buffer
     return buffers
 
 

@@ -912,8 +912,9 @@ def check_args(args: Args) -> None:
         sys.exit("a batch needs a row of data: raise --real-fraction or --batch-size")
     if args.rho_states == "model" and num_real == args.batch_size:
         sys.exit("--rho-states model needs rows of D_model in a batch: lower --real-fraction")
-    if args.rollout_starts > args.model_rows:
-        sys.exit("--rollout-starts is larger than --model-rows: a step would not fit into D_model")
+    if args.rollout_starts * args.horizon > args.model_rows:
+        what = "--rollout-starts times --horizon is larger than --model-rows"
+        sys.exit(f"{what}: a phase of rollouts would not fit into D_model")
 
 
 def real_rows(args: Args) -> int:
@@ -1259,6 +1260,11 @@ def load_dataset(args: Args) -> dict:
     reward = data["reward"][:, 1:]
     if reward.min() == reward.max():
         sys.exit(f"{folder}: all rewards are equal: there is nothing to learn")
+    if data["action"][:, 0].any():
+        print(
+            f"note: {folder} has first actions that are not 0, but no action led to a first image: "
+            "do actions and rewards stand with the image that they led to, or one row too early?"
+        )
     episodes, length = data["reward"].shape
     score = float(scores_of(args.env_id, reward.sum(1, dtype=np.float64)).mean())
     measure = measure_of(args.env_id)
@@ -1452,7 +1458,7 @@ def scores_of(env_id: str, returns: np.ndarray) -> np.ndarray:
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
-    """walker-walk, or any registered environment with images; actions in [-1, 1].
+    """walker-walk, or any registered environment with images and actions in [-1, 1].
 
     Raises SystemExit where there is no such environment, or none that fits.
     """
@@ -1477,7 +1483,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
     flat = isinstance(box, gymnasium.spaces.Box) and len(box.shape) == 1 and box.dtype.kind == "f"
     if not flat or not np.isfinite(box.low).all() or not np.isfinite(box.high).all():
         sys.exit(f"--env-id {env_id}: only flat, continuous actions within bounds work")
-    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if (box.low != -1).any() or (box.high != 1).any():
+        sys.exit(f"--env-id {env_id}: its actions must go from -1 to 1, as those of the data do")
+    return env
 
 
 def try_env(env_id: str) -> gymnasium.Env:
@@ -1896,11 +1904,18 @@ def one_episode_each(
         obs, _ = envs.reset(seed=env_seeds)
     method.forget()
     while running.any():
+        with working(env_id):
+            if not np.isfinite(obs[running]).all():
+                raise ValueError("an observation holds NaN or infinity")
         action = method.act(obs)
+        if not np.isfinite(action[running]).all():
+            sys.exit(f"--env-id {env_id}: the policy's actions are NaN: lower the learning rates")
         with working(env_id):
             obs, reward, terminated, truncated, _ = envs.step(action)
-        returns[running] += reward[running]
-        running &= ~(terminated | truncated)
+            returns[running] += reward[running]
+            running &= ~(terminated | truncated)
+            if not np.isfinite(returns).all():
+                raise ValueError(f"a reward makes the returns {returns}")
     return returns
 
 
@@ -1933,7 +1948,10 @@ def record_episode(method: nn.Module, args: Args, path: Path) -> None:
                     sys.exit(f"cannot render ({error}); {advice}")
             if over:
                 break
-            obs, _, terminated, truncated, _ = env.step(method.act(obs[None])[0])
+            with in_eval_mode(method):
+                action = method.act(obs[None])[0]
+            with working(args.env_id):
+                obs, _, terminated, truncated, _ = env.step(action)
             over = terminated or truncated
             bar.move_to(step, "")
     milliseconds = 1000 * every / steps_per_second
@@ -2140,7 +2158,9 @@ class Run:
         """
         for key, value in logs.items():
             if not math.isfinite(value):
-                sys.exit(f"{phase}: {key} is {value}; {self.folder} keeps its last checkpoint")
+                saved = (self.folder / "checkpoint.pt").exists()
+                kept = "keeps its last checkpoint" if saved else "has no checkpoint so far"
+                sys.exit(f"{phase}: {key} is {value}; {self.folder} {kept}")
         if self.is_due(phase):
             self.extra_points_from = None
         elif self.extra_points_from is None:
@@ -2467,10 +2487,16 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def small_buffers(method: nn.Module) -> dict[str, Tensor]:
-    """The method's own buffers, not its networks', that `act` may use: all but those of D_model."""
-    buffers = dict(method.named_buffers(recurse=False))
-    for name in ("model_data", "write_row", "num_model_rows"):
-        buffers.pop(name, None)
+    """The method's own buffers, not its networks', that `act` may use.
+
+    That is all but those of D_model, and those with an entry for each row of the data.
+    """
+    num_rows = len(getattr(method, "data", ()))
+    buffers = {}
+    for name, buffer in method.named_buffers(recurse=False):
+        of_rows = buffer.dim() > 0 and len(buffer) == num_rows
+        if not of_rows and name not in ("model_data", "write_row", "num_model_rows"):
+            buffers[name] = buffer
     return buffers
 
 
@@ -2715,7 +2741,7 @@ def load_model(
     A copy goes to the folder `keep_in`. Raises SystemExit where the model is of another task. Other
     data of the task are said.
     """
-    path = expanded(run) / "model.pt"
+    path = folder_of_run(run) / "model.pt"
     env_id = method.args.env_id
     with loading(path, method.device) as saved:
         if saved["env_id"] != env_id:
