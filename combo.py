@@ -3228,6 +3228,7 @@ class Run:
         self.rollouts_judged = False  # by note_odd_rollouts
 
         check_optimizers(method)
+        check_model(method)
         note_changes(args)
         vector_env.cache_clear()  # a notebook may have changed the task since the last run
         if args.resume:
@@ -3238,10 +3239,6 @@ class Run:
             self.load_checkpoint()
             self.bar = Bar(self.algo, args.total_iterations, self.iteration)
         else:
-            if args.dynamics_from:  # before a folder is made for what cannot begin
-                path = folder_of_run(args.dynamics_from) / "model.pt"
-                with loading(path) as saved:
-                    refuse_another_model(path, saved, method)
             self.folder = self.new_folder()
             self.lock = lock_folder(self.folder)
         sys.excepthook = functools.partial(say_how_to_go_on, self.folder)
@@ -3915,8 +3912,12 @@ def note_unpredicted(method: nn.Module) -> None:
 
     Samples and data then differ by twice the output's variance; a perfect model has, with its
     noise, at most about the same. Outputs that hardly vary, beside what float32 rounds off, are
-    left out. The random numbers of the run stay as they are.
+    left out. The random numbers of the run stay as they are. A fit that --model-max-epochs has cut
+    is not judged: with large and small outputs it may only be on its way.
     """
+    for state in method.unfinished.values():
+        if len(state) == 4 and state[1] < method.args.model_patience:  # see `fit_model`
+            return
     rows = method.rows_with_next
     every = max(1, len(rows) // 1000)
     batch = method.split(method.data[rows[::every]])
@@ -3938,8 +3939,8 @@ def note_unpredicted(method: nn.Module) -> None:
         names.append(f"{len(entries)} of {len(bad) - 1} entries of next_obs ({some})")
     if names:
         print(
-            f"note: the model hardly predicts {' and '.join(names)}: was the fit long enough, or "
-            "does the large scale of another output hide them? (then rescale the data)"
+            f"note: the model hardly predicts {' and '.join(names)}: does the large scale of "
+            "another output hide them? (then rescale the data)"
         )
 
 
@@ -3961,6 +3962,15 @@ def refuse_another_model(path: Path, saved: dict, method: nn.Module) -> None:
         if old_shape != own_shape:
             advice = "give that run's --ensemble-size and --model-hidden"
             sys.exit(f"{path}: {name} is {old_shape} there and {own_shape} here: {advice}")
+
+
+def check_model(method: nn.Module) -> None:
+    """Refuse the model that --dynamics-from names before a folder is made for what cannot begin."""
+    args = method.args
+    if args.dynamics_from and not args.resume:
+        path = folder_of_run(args.dynamics_from) / "model.pt"
+        with loading(path) as saved:
+            refuse_another_model(path, saved, method)
 
 
 def load_model(
