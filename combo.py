@@ -3226,9 +3226,8 @@ class Run:
         # TensorBoard's files before the points that only the end of a run has: see `is_due`.
         self.extra_points_from = None
         self.rollouts_judged = False  # by note_odd_rollouts
-
         check_optimizers(method)
-        check_model(method)
+        check_model(args, method)
         note_changes(args)
         vector_env.cache_clear()  # a notebook may have changed the task since the last run
         if args.resume:
@@ -3964,9 +3963,8 @@ def refuse_another_model(path: Path, saved: dict, method: nn.Module) -> None:
             sys.exit(f"{path}: {name} is {old_shape} there and {own_shape} here: {advice}")
 
 
-def check_model(method: nn.Module) -> None:
+def check_model(args: Args, method: nn.Module) -> None:
     """Refuse the model that --dynamics-from names before a folder is made for what cannot begin."""
-    args = method.args
     if args.dynamics_from and not args.resume:
         path = folder_of_run(args.dynamics_from) / "model.pt"
         with loading(path) as saved:

@@ -370,7 +370,7 @@ def test_minari_episodes_stand_apart_and_in_order(tmp_path):
         episode = two_episodes()[i % 2]
         episode["observations"] = np.full_like(episode["observations"], i)
         episodes.append(episode)
-    episodes[3]["truncations"] = np.zeros(2, bool)
+    episodes[3]["truncations"] = np.zeros(3, bool)
     data = load(write_minari(tmp_path / "main_data.hdf5", episodes))
     assert data["starts"][:, 0].tolist() == list(range(12))
     follows = data["next_row"] >= 0
