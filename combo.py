@@ -3427,7 +3427,7 @@ class Run:
         policy = {
             **self.origin(),
             "policy": {name: getattr(method, name).state_dict() for name in method.acting},
-            "buffers": small_buffers(method),
+            "buffers": acting_buffers(method),
             "sizes": (method.obs_dim, method.action_dim),
         }
         save(policy, self.folder / "policy.pt")
@@ -3628,16 +3628,18 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def small_buffers(method: nn.Module) -> dict[str, Tensor]:
+def acting_buffers(method: nn.Module) -> dict[str, Tensor]:
     """The method's own buffers, not its networks', that `act` may use.
 
-    That is all but those of D_model, and those with an entry for each row of the data.
+    That is all but those of AMPL, MOPO and COMBO themselves, which serve the training alone, and
+    those with an entry for each row of the data.
     """
+    of_training = ("model_data", "write_row", "num_model_rows", "num_real", "q_avg")
     num_rows = len(getattr(method, "data", ()))
     buffers = {}
     for name, buffer in method.named_buffers(recurse=False):
         of_rows = buffer.dim() > 0 and len(buffer) == num_rows
-        if not of_rows and name not in ("model_data", "write_row", "num_model_rows"):
+        if not of_rows and name not in of_training:
             buffers[name] = buffer
     return buffers
 

@@ -160,7 +160,7 @@ SAME = {
         "random_generator",
         "optimizers_of",
         "parameters_of",
-        "small_buffers",
+        "acting_buffers",
         "hides_networks",
         "check_optimizers",
         "note_idle_parameters",
