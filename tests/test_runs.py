@@ -851,7 +851,8 @@ def test_policy_file(whole):
     assert policy["sizes"] == (4, 2)
     assert policy["policy"].keys() == {"actor", "critic"}
     assert policy["args"] == dataclasses.asdict(ampl.load_args(whole))
-    assert len(policy) == 6
+    assert policy["buffers"] == {}
+    assert len(policy) == 7
 
 
 def test_evaluate(whole, capsys):
