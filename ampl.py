@@ -730,6 +730,8 @@ class AMPL(nn.Module):
         next_obs = dataset["next_obs"]
         terminated = dataset["terminated"].float()
         reward = scale_rewards(dataset["reward"])
+        # What they are scaled by, since another run's model is of use only in the same units.
+        self.reward_range = tuple(limit.item() for limit in dataset["reward"].aminmax())
         if reward.max() > 2:  # scaled, it is 1 + 0.001 / span
             sys.exit("the rewards differ by less than 0.001: multiply them by a large number")
         fields = [obs, dataset["action"], reward[:, None], next_obs, terminated[:, None]]
@@ -1176,8 +1178,10 @@ def check_args(args: Args) -> None:
         sys.exit("a batch has no row of data: raise --real-fraction or --batch-size, or choose 0")
     if len(args.model_weight_decay) != 5:
         sys.exit("--model-weight-decay needs a number for each of the five layers")
-    if args.rollout_rows > args.buffer_size:
-        sys.exit("--rollout-rows is larger than --buffer-size, which must hold them")
+    phase_rows = math.ceil(args.rollout_rows / args.horizon) * args.horizon
+    if phase_rows > args.buffer_size:
+        what = f"--rollout-rows, in whole rollouts of --horizon steps {phase_rows},"
+        sys.exit(f"{what} is larger than --buffer-size, which must hold them")
 
 
 def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None = None) -> dict:
@@ -1580,6 +1584,11 @@ def check_rewards(path: Path, reward: Tensor) -> None:
     """Stop if the rewards of the rows whose s' is known teach nothing. Raises SystemExit."""
     if len(reward) == 0:
         sys.exit(f"{path}: no row has a known s': store next_observations")
+    if len(reward) < 5:
+        sys.exit(
+            f"{path}: {len(reward)} rows have a known s', but a fit needs five, one of them held "
+            "out: add episodes, or store next_observations"
+        )
     if reward.min() == reward.max():
         sys.exit(
             f"{path}: all rewards whose s' is stored are equal, so there is nothing to learn; if "
@@ -2372,13 +2381,17 @@ def note_rule(env_id: str, data: dict[str, Tensor]) -> None:
         sys.exit(f"the rule of ending of {env_id} gives {given}: {form}")
     if not torch.equal(next_obs, before):
         sys.exit(f"the rule of ending of {env_id} changes the states that it is asked about")
-    differ = (ruled != data["terminated"][known]).float().mean().item()
-    if differ > 0.01:
+    stored = data["terminated"][known]
+    differ = (ruled != stored).float().mean().item()
+    count = int(stored.sum())
+    missed = int((stored & ~ruled).sum())
+    if differ > 0.01 or missed > count / 2:
         by_rule = ruled.float().mean().item()
-        stored = data["terminated"][known].float().mean().item()
+        by_data = stored.float().mean().item()
         print(
             f"note: {env_id}'s rule of ending ends {by_rule:.1%} of the rows with a known s', the "
-            f"data's terminals {stored:.1%}; they differ on {differ:.1%}: is it the task's rule?"
+            f"data's terminals {by_data:.1%}; they differ on {differ:.1%}, and the rule misses "
+            f"{missed} of {count} terminals: is it the task's rule?"
         )
 
 
@@ -2790,7 +2803,7 @@ def working(env_id: str):
     """`with working(env_id):` where whatever an environment raises ends in one sentence."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         sys.exit(f"--env-id {env_id}: a reset or a step does not work, mend it first ({reason})")
 
@@ -3028,7 +3041,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
         asynchronous = method.device.type == "cuda" and os.cpu_count() >= 8
     envs = vector_env(args.env_id, args.eval_episodes, asynchronous)
     scores = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), in_eval_mode(method):
         reseed(args.seed, "evaluation", k)
         for first in range(0, episodes, args.eval_episodes):
             numbers = range(first, first + args.eval_episodes)
@@ -3036,6 +3049,24 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
             returns = one_episode_each(method, envs, env_seeds, args.env_id)
             scores.append(scores_of(args.env_id, returns))
     return np.concatenate(scores)[:episodes]
+
+
+@contextlib.contextmanager
+def in_eval_mode(method: nn.Module):
+    """`with in_eval_mode(method):` where dropout and batch norm do what they do when one acts.
+
+    Afterwards the networks that were in train mode are in it again. A stand-in that is no nn.Module
+    has none.
+    """
+    modules = method.modules() if isinstance(method, nn.Module) else []
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def episode_seed(seed: int, k: int, number: int) -> int:
@@ -3062,11 +3093,18 @@ def one_episode_each(
     with working(env_id):
         obs, _ = envs.reset(seed=env_seeds)
     while running.any():
+        with working(env_id):
+            if not np.isfinite(obs[running]).all():
+                raise ValueError("an observation holds NaN or infinity")
         action = method.act(obs)
+        if not np.isfinite(action[running]).all():
+            sys.exit(f"--env-id {env_id}: the policy's actions are NaN: lower the learning rates")
         with working(env_id):
             obs, reward, terminated, truncated, _ = envs.step(action)
-        returns[running] += reward[running]
-        running &= ~(terminated | truncated)
+            returns[running] += reward[running]
+            running &= ~(terminated | truncated)
+            if not np.isfinite(returns).all():
+                raise ValueError(f"a reward makes the returns {returns}")
     return returns
 
 
@@ -3097,7 +3135,8 @@ def record_episode(method: nn.Module, args: Args, path: Path) -> None:
                     sys.exit(f"cannot render ({error}); {advice}")
             if over:
                 break
-            action = method.act(obs[None])[0]
+            with in_eval_mode(method):
+                action = method.act(obs[None])[0]
             with working(args.env_id):
                 obs, _, terminated, truncated, _ = env.step(action)
             over = terminated or truncated
@@ -3200,7 +3239,8 @@ class Run:
         *.py                  at the start                 the script, and those it derives from
         events.out.tfevents*  every --log-every            TensorBoard's curves
         model.pt              after the first fit          that model, for --dynamics-from
-        policy.pt             every --checkpoint-every     the networks that act, for --evaluate
+        policy.pt             every --checkpoint-every     the networks that act, for --evaluate,
+                                                           and the method's own buffers
         curves.png            every --checkpoint-every     the scores against the iterations
         checkpoint.pt         every --checkpoint-every     all that --resume needs
         result.json           at the end                   scores, settings, times, versions
@@ -3232,8 +3272,8 @@ class Run:
         # TensorBoard's files before the points that only the end of a run has: see `is_due`.
         self.extra_points_from = None
         self.rollouts_judged = False  # by note_odd_rollouts
-
         check_optimizers(method)
+        check_model(args, method)
         note_changes(args)
         vector_env.cache_clear()  # a notebook may have changed the task since the last run
         if args.resume:
@@ -3306,7 +3346,9 @@ class Run:
         """
         for key, value in logs.items():
             if not math.isfinite(value):
-                sys.exit(f"{phase}: {key} is {value}; {self.folder} keeps its last checkpoint")
+                saved = (self.folder / "checkpoint.pt").exists()
+                kept = "keeps its last checkpoint" if saved else "has no checkpoint so far"
+                sys.exit(f"{phase}: {key} is {value}; {self.folder} {kept}")
         if self.is_due(phase):
             self.extra_points_from = None
         elif self.extra_points_from is None:
@@ -3431,6 +3473,7 @@ class Run:
         policy = {
             **self.origin(),
             "policy": {name: getattr(method, name).state_dict() for name in method.acting},
+            "buffers": acting_buffers(method),
             "sizes": (method.obs_dim, method.action_dim),
         }
         save(policy, self.folder / "policy.pt")
@@ -3631,6 +3674,22 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def acting_buffers(method: nn.Module) -> dict[str, Tensor]:
+    """The method's own buffers, not its networks', that `act` may use.
+
+    That is all but those of AMPL, MOPO and COMBO themselves, which serve the training alone, and
+    those with an entry for each row of the data.
+    """
+    of_training = ("model_data", "write_row", "num_model_rows", "num_real", "q_avg")
+    num_rows = len(getattr(method, "data", ()))
+    buffers = {}
+    for name, buffer in method.named_buffers(recurse=False):
+        of_rows = buffer.dim() > 0 and len(buffer) == num_rows
+        if not of_rows and name not in of_training:
+            buffers[name] = buffer
+    return buffers
+
+
 def hides_networks(value) -> bool:
     """Whether lists, tuples and dicts, one in another perhaps, hold a network or a parameter."""
     if isinstance(value, dict):
@@ -3820,9 +3879,20 @@ def check_sum(path: Path) -> None:
         raise ValueError("the checksum at its end is not that of its content")
 
 
+def folder_of_run(run: str | Path) -> Path:
+    """The folder that --resume, --evaluate or --dynamics-from names. Raises SystemExit for a file.
+
+    A folder that is not there is said where its files are read.
+    """
+    folder = expanded(run)
+    if folder.is_file():
+        sys.exit(f"{run} is a file: name the folder, {folder.parent}")
+    return folder
+
+
 def load_args(run: str, settings: type = Args) -> Args:
     """The settings that a run was started with, checked like those of a command line."""
-    path = expanded(run) / "args.json"
+    path = folder_of_run(run) / "args.json"
     with loading(path) as saved:
         if isinstance(saved.get("threads"), int):  # this machine may have fewer cores
             saved["threads"] = min(saved["threads"], os.cpu_count())
@@ -3869,15 +3939,84 @@ def go_on(method: nn.Module, phase: str, start: tuple) -> tuple:
 def save_model(method: nn.Module, error: Tensor, run: Path, source: dict) -> None:
     """Save the first model and the hold-out errors [M] of its members, for --dynamics-from."""
     content = {
+        "kind": type(method).__name__,
         "env_id": method.args.env_id,
         "sha256": source["sha256"],
         "seed": method.args.seed,
         "holdout_size": method.args.holdout_size,
+        "reward_range": getattr(method, "reward_range", None),
         "model": method.model.state_dict(),
         "optimizer": method.model_optimizer.state_dict(),
         "error": error,
     }
     save(content, run / "model.pt")
+    note_unpredicted(method)
+
+
+@torch.no_grad()
+def note_unpredicted(method: nn.Module) -> None:
+    """Say which outputs the elites predict no better than a draw at random from the data would.
+
+    Samples and data then differ by twice the output's variance; a perfect model has, with its
+    noise, at most about the same. Outputs that hardly vary, beside what float32 rounds off, are
+    left out. The random numbers of the run stay as they are. A fit that --model-max-epochs has cut
+    is not judged: with large and small outputs it may only be on its way.
+    """
+    for state in method.unfinished.values():
+        if len(state) == 4 and state[1] < method.args.model_patience:  # see `fit_model`
+            return
+    rows = method.rows_with_next
+    every = max(1, len(rows) // 1000)
+    batch = method.split(method.data[rows[::every]])
+    with torch.random.fork_rng():
+        reseed(method.args.seed, "unpredicted")
+        reward, next_obs = method.elites.sample(batch.obs, batch.action)[:2]  # more in a variant
+    target = torch.cat([batch.reward[:, None], batch.next_obs - batch.obs], -1).double()
+    sample = torch.cat([reward[:, None], next_obs - batch.obs], -1).double()
+    size = torch.cat([batch.reward[:, None], batch.obs], -1).abs().amax(0)
+    variance = target.var(0)
+    error = (sample - target).square().mean(0)
+    bad = (error > 1.5 * variance) & (variance.sqrt() > 1e-5 * size.clamp(min=STILL))
+    names = []
+    if bad[0]:
+        names.append("reward")
+    entries = bad[1:].nonzero().squeeze(-1).tolist()
+    if entries:
+        some = ", ".join(map(str, entries[:10]))
+        names.append(f"{len(entries)} of {len(bad) - 1} entries of next_obs ({some})")
+    if names:
+        print(
+            f"note: the model hardly predicts {' and '.join(names)}: does the large scale of "
+            "another output hide them? (then rescale the data)"
+        )
+
+
+def refuse_another_model(path: Path, saved: dict, method: nn.Module) -> None:
+    """Stop if a saved model is of another task, or predicts in other units or sizes."""
+    env_id = method.args.env_id
+    if saved["env_id"] != env_id:
+        sys.exit(f"{path} is a model of {saved['env_id']}, not of {env_id}")
+    own_range = getattr(method, "reward_range", None)
+    old_range = saved.get("reward_range", own_range)  # older files have none
+    if old_range != own_range:
+        sys.exit(
+            f"{path} was fitted to rewards scaled by a minimum and maximum of {old_range}, these "
+            f"data have {own_range}: leave out --dynamics-from, so that a model is fitted to them"
+        )
+    for name, tensor in method.model.state_dict().items():
+        own_shape = list(tensor.shape)
+        old_shape = list(saved["model"][name].shape)
+        if old_shape != own_shape:
+            advice = "give that run's --ensemble-size and --model-hidden"
+            sys.exit(f"{path}: {name} is {old_shape} there and {own_shape} here: {advice}")
+
+
+def check_model(args: Args, method: nn.Module) -> None:
+    """Refuse the model that --dynamics-from names before a folder is made for what cannot begin."""
+    if args.dynamics_from and not args.resume:
+        path = folder_of_run(args.dynamics_from) / "model.pt"
+        with loading(path) as saved:
+            refuse_another_model(path, saved, method)
 
 
 def load_model(
@@ -3885,16 +4024,18 @@ def load_model(
 ) -> None:
     """Take the model that save_model saved, and choose its elites by the saved errors.
 
-    A copy goes to the folder `keep_in`. Raises SystemExit where the model is of another task. Other
-    data of the task are said.
+    A copy goes to the folder `keep_in`. Raises SystemExit where the model is of another task or
+    setting. Other data of the task and another class are said.
     """
-    path = expanded(run) / "model.pt"
-    env_id = method.args.env_id
+    path = folder_of_run(run) / "model.pt"
     with loading(path, method.device) as saved:
-        if saved["env_id"] != env_id:
-            sys.exit(f"{path} is a model of {saved['env_id']}, not of {env_id}")
+        refuse_another_model(path, saved, method)
         if saved["sha256"] != source["sha256"]:
             print(f"note: {path} was fitted to other data than {source['dataset']}")
+        own = type(method).__name__
+        kind = saved.get("kind", own)  # older files have none
+        if kind != own and {kind, own} != {"MOPO", "COMBO"}:  # whose models are alike
+            print(f"note: {path} was fitted by {kind}, this is {own}: do both learn the same data?")
         method.model.load_state_dict(saved["model"])
         load_optimizer(method.model_optimizer, saved["optimizer"])
         method.choose_elites(saved["error"])
@@ -3934,7 +4075,9 @@ def load_policy(run: str, settings: type = Args, method: type = AMPL) -> nn.Modu
             sys.exit(f"{path} holds {list(saved['policy'])}, but needs {list(policy.acting)}")
         for name in policy.acting:
             getattr(policy, name).load_state_dict(saved["policy"][name])
-    return policy
+        for name, buffer in saved.get("buffers", {}).items():  # older files have none
+            policy.register_buffer(name, buffer)
+    return policy.eval()
 
 
 if __name__ == "__main__":

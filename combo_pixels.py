@@ -912,8 +912,9 @@ def check_args(args: Args) -> None:
         sys.exit("a batch needs a row of data: raise --real-fraction or --batch-size")
     if args.rho_states == "model" and num_real == args.batch_size:
         sys.exit("--rho-states model needs rows of D_model in a batch: lower --real-fraction")
-    if args.rollout_starts > args.model_rows:
-        sys.exit("--rollout-starts is larger than --model-rows: a step would not fit into D_model")
+    if args.rollout_starts * args.horizon > args.model_rows:
+        what = "--rollout-starts times --horizon is larger than --model-rows"
+        sys.exit(f"{what}: a phase of rollouts would not fit into D_model")
 
 
 def real_rows(args: Args) -> int:
@@ -1259,6 +1260,11 @@ def load_dataset(args: Args) -> dict:
     reward = data["reward"][:, 1:]
     if reward.min() == reward.max():
         sys.exit(f"{folder}: all rewards are equal: there is nothing to learn")
+    if data["action"][:, 0].any():
+        print(
+            f"note: {folder} has first actions that are not 0, but no action led to a first image: "
+            "do actions and rewards stand with the image that they led to, or one row too early?"
+        )
     episodes, length = data["reward"].shape
     score = float(scores_of(args.env_id, reward.sum(1, dtype=np.float64)).mean())
     measure = measure_of(args.env_id)
@@ -1452,7 +1458,7 @@ def scores_of(env_id: str, returns: np.ndarray) -> np.ndarray:
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
-    """walker-walk, or any registered environment with images; actions in [-1, 1].
+    """walker-walk, or any registered environment with images and actions in [-1, 1].
 
     Raises SystemExit where there is no such environment, or none that fits.
     """
@@ -1477,7 +1483,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gymnasium.Env:
     flat = isinstance(box, gymnasium.spaces.Box) and len(box.shape) == 1 and box.dtype.kind == "f"
     if not flat or not np.isfinite(box.low).all() or not np.isfinite(box.high).all():
         sys.exit(f"--env-id {env_id}: only flat, continuous actions within bounds work")
-    return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if (box.low != -1).any() or (box.high != 1).any():
+        sys.exit(f"--env-id {env_id}: its actions must go from -1 to 1, as those of the data do")
+    return env
 
 
 def try_env(env_id: str) -> gymnasium.Env:
@@ -1510,7 +1518,7 @@ def working(env_id: str):
     """`with working(env_id):` where whatever an environment raises ends in one sentence."""
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         sys.exit(f"--env-id {env_id}: a reset or a step does not work, mend it first ({reason})")
 
@@ -1843,7 +1851,7 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
         asynchronous = method.device.type == "cuda" and os.cpu_count() >= 8
     envs = vector_env(args.env_id, args.eval_episodes, asynchronous)
     scores = []
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), in_eval_mode(method):
         reseed(args.seed, "evaluation", k)
         for first in range(0, episodes, args.eval_episodes):
             numbers = range(first, first + args.eval_episodes)
@@ -1851,6 +1859,24 @@ def evaluate(method: nn.Module, args: Args, episodes: int, k: int) -> np.ndarray
             returns = one_episode_each(method, envs, env_seeds, args.env_id)
             scores.append(scores_of(args.env_id, returns))
     return np.concatenate(scores)[:episodes]
+
+
+@contextlib.contextmanager
+def in_eval_mode(method: nn.Module):
+    """`with in_eval_mode(method):` where dropout and batch norm do what they do when one acts.
+
+    Afterwards the networks that were in train mode are in it again. A stand-in that is no nn.Module
+    has none.
+    """
+    modules = method.modules() if isinstance(method, nn.Module) else []
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def episode_seed(seed: int, k: int, number: int) -> int:
@@ -1878,11 +1904,18 @@ def one_episode_each(
         obs, _ = envs.reset(seed=env_seeds)
     method.forget()
     while running.any():
+        with working(env_id):
+            if not np.isfinite(obs[running]).all():
+                raise ValueError("an observation holds NaN or infinity")
         action = method.act(obs)
+        if not np.isfinite(action[running]).all():
+            sys.exit(f"--env-id {env_id}: the policy's actions are NaN: lower the learning rates")
         with working(env_id):
             obs, reward, terminated, truncated, _ = envs.step(action)
-        returns[running] += reward[running]
-        running &= ~(terminated | truncated)
+            returns[running] += reward[running]
+            running &= ~(terminated | truncated)
+            if not np.isfinite(returns).all():
+                raise ValueError(f"a reward makes the returns {returns}")
     return returns
 
 
@@ -1915,7 +1948,10 @@ def record_episode(method: nn.Module, args: Args, path: Path) -> None:
                     sys.exit(f"cannot render ({error}); {advice}")
             if over:
                 break
-            obs, _, terminated, truncated, _ = env.step(method.act(obs[None])[0])
+            with in_eval_mode(method):
+                action = method.act(obs[None])[0]
+            with working(args.env_id):
+                obs, _, terminated, truncated, _ = env.step(action)
             over = terminated or truncated
             bar.move_to(step, "")
     milliseconds = 1000 * every / steps_per_second
@@ -2122,7 +2158,9 @@ class Run:
         """
         for key, value in logs.items():
             if not math.isfinite(value):
-                sys.exit(f"{phase}: {key} is {value}; {self.folder} keeps its last checkpoint")
+                saved = (self.folder / "checkpoint.pt").exists()
+                kept = "keeps its last checkpoint" if saved else "has no checkpoint so far"
+                sys.exit(f"{phase}: {key} is {value}; {self.folder} {kept}")
         if self.is_due(phase):
             self.extra_points_from = None
         elif self.extra_points_from is None:
@@ -2247,6 +2285,7 @@ class Run:
         policy = {
             **self.origin(),
             "policy": {name: getattr(method, name).state_dict() for name in method.acting},
+            "buffers": acting_buffers(method),
             "sizes": (method.obs_dim, method.action_dim),
         }
         save(policy, self.folder / "policy.pt")
@@ -2447,6 +2486,22 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
+def acting_buffers(method: nn.Module) -> dict[str, Tensor]:
+    """The method's own buffers, not its networks', that `act` may use.
+
+    That is all but those of AMPL, MOPO and COMBO themselves, which serve the training alone, and
+    those with an entry for each row of the data.
+    """
+    of_training = ("model_data", "write_row", "num_model_rows", "num_real", "q_avg")
+    num_rows = len(getattr(method, "data", ()))
+    buffers = {}
+    for name, buffer in method.named_buffers(recurse=False):
+        of_rows = buffer.dim() > 0 and len(buffer) == num_rows
+        if not of_rows and name not in of_training:
+            buffers[name] = buffer
+    return buffers
+
+
 def hides_networks(value) -> bool:
     """Whether lists, tuples and dicts, one in another perhaps, hold a network or a parameter."""
     if isinstance(value, dict):
@@ -2612,9 +2667,20 @@ def check_sum(path: Path) -> None:
         raise ValueError("the checksum at its end is not that of its content")
 
 
+def folder_of_run(run: str | Path) -> Path:
+    """The folder that --resume, --evaluate or --dynamics-from names. Raises SystemExit for a file.
+
+    A folder that is not there is said where its files are read.
+    """
+    folder = expanded(run)
+    if folder.is_file():
+        sys.exit(f"{run} is a file: name the folder, {folder.parent}")
+    return folder
+
+
 def load_args(run: str, settings: type = Args) -> Args:
     """The settings that a run was started with, checked like those of a command line."""
-    path = expanded(run) / "args.json"
+    path = folder_of_run(run) / "args.json"
     with loading(path) as saved:
         if isinstance(saved.get("threads"), int):  # this machine may have fewer cores
             saved["threads"] = min(saved["threads"], os.cpu_count())
@@ -2677,7 +2743,7 @@ def load_model(
     A copy goes to the folder `keep_in`. Raises SystemExit where the model is of another task. Other
     data of the task are said.
     """
-    path = expanded(run) / "model.pt"
+    path = folder_of_run(run) / "model.pt"
     env_id = method.args.env_id
     with loading(path, method.device) as saved:
         if saved["env_id"] != env_id:
@@ -2722,7 +2788,9 @@ def load_policy(run: str, settings: type = Args, method: type = COMBOPixels) -> 
             sys.exit(f"{path} holds {list(saved['policy'])}, but needs {list(policy.acting)}")
         for name in policy.acting:
             getattr(policy, name).load_state_dict(saved["policy"][name])
-    return policy
+        for name, buffer in saved.get("buffers", {}).items():  # older files have none
+            policy.register_buffer(name, buffer)
+    return policy.eval()
 
 
 if __name__ == "__main__":

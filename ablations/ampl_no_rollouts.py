@@ -32,8 +32,8 @@ import ampl  # before torch: it sets how threads wait
 @dataclass
 class Args(ampl.Args):
     real_fraction: ampl.Share = 1.0  # final share f of data rows in a batch
-    rollout_rows: ampl.Count = 1  # not used, but may not exceed buffer_size
-    buffer_size: ampl.Count = 1  # D_model stays empty and should take no memory
+    rollout_rows: ampl.Count = 1  # not used, but a rollout of it must fit into buffer_size
+    buffer_size: ampl.Count = 10  # D_model stays empty and should take no memory
 
     without = ("horizon", "rollout_", "buffer_size", "real_")
 

@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import dot
+import gymnasium
 import numpy as np
 import pytest
 import torch
@@ -502,12 +503,34 @@ def test_environments_that_do_not_fit(env_id):
         combo_pixels.make_env(env_id)
 
 
+def test_actions_must_be_those_of_the_data(monkeypatch):
+    """Data are in [-1, 1], and nothing says how they were scaled."""
+    half = gymnasium.spaces.Box(-0.5, 0.5, (2,), np.float32)
+    monkeypatch.setattr(dot.Dot, "action_space", half)
+    with pytest.raises(SystemExit, match="dot:Dot-v0: its actions must go from -1 to 1"):
+        combo_pixels.make_env("dot:Dot-v0")
+
+
+def test_first_actions_that_are_not_zero(data, tmp_path, capsys):
+    """One note, however many there are."""
+    combo_pixels.load_dataset(args_of(data))
+    assert "note:" not in capsys.readouterr().out
+    dot.write_episodes(tmp_path, 3)
+    for file in tmp_path.glob("*.npz"):
+        arrays = arrays_of(file)
+        arrays["action"] = np.roll(arrays["action"], -1, 0)
+        np.savez(file, **arrays)
+    combo_pixels.load_dataset(args_of(tmp_path))
+    assert capsys.readouterr().out.count("first actions that are not 0") == 1
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"real_fraction": 0.0}, "a batch needs a row of data"),
         ({"real_fraction": 1.0, "rho_states": "model"}, "needs rows of D_model"),
-        ({"rollout_starts": 301}, "larger than --model-rows"),
+        ({"rollout_starts": 101}, "times --horizon is larger than --model-rows"),
+        ({"horizon": 10**9}, "times --horizon is larger than --model-rows"),
         ({"level": "good"}, "--level is 'good', but must be one of"),
         ({"conv_depth": 0}, "--conv-depth is 0"),
     ],

@@ -63,12 +63,12 @@ def refusal(function, *args):
 # --- rows ---
 
 
-def test_the_example_of_six_rows(tmp_path):
+def test_the_example_of_six_rows():
     """Letters a to f as numbers 0 to 5: the tables above `to_transitions`."""
     a, b, c, d, e, f = range(6)
     terminals = np.arange(6) == c
     timeouts = np.arange(6) == e
-    data = load(write(tmp_path / "d.hdf5", rows(6, terminals=terminals, timeouts=timeouts)))
+    data = ampl.to_transitions(rows(6, terminals=terminals, timeouts=timeouts))
     assert data["obs"][:, 0].tolist() == [a, b, c, d]
     assert data["next_obs"][:, 0].tolist() == [b, c, c, e]
     assert data["terminated"].tolist() == [False, False, True, False]
@@ -79,7 +79,7 @@ def test_the_example_of_six_rows(tmp_path):
     # With stored next observations every row has its s', and the cut row f is a transition, too.
     raw = rows(6, terminals=terminals, timeouts=timeouts)
     raw["next_observations"] = raw["observations"] + 0.5
-    data = load(write(tmp_path / "e.hdf5", raw))
+    data = ampl.to_transitions(raw)
     assert data["obs"][:, 0].tolist() == [a, b, c, d, f]
     assert data["next_obs"][:, 0].tolist() == [0.5, 1.5, 2.5, 3.5, 5.5]
     assert data["has_next"].all()
@@ -337,8 +337,8 @@ def minari_episode(first, steps, terminated):
 
 
 def two_episodes():
-    """Three steps that end in a terminal, and two that end at a time limit."""
-    return [minari_episode(0, 3, terminated=True), minari_episode(10, 2, terminated=False)]
+    """Three steps that end in a terminal, and three that end at a time limit."""
+    return [minari_episode(0, 3, terminated=True), minari_episode(10, 3, terminated=False)]
 
 
 def write_minari(path, episodes):
@@ -350,12 +350,12 @@ def write_minari(path, episodes):
 
 
 def assert_two_episodes(data):
-    assert data["obs"][:, 0].tolist() == [0, 1, 2, 10]  # 11 was at the time limit
-    assert data["next_obs"][:, 0].tolist() == [1, 2, 3, 11]
+    assert data["obs"][:, 0].tolist() == [0, 1, 2, 10, 11]  # 12 was at the time limit
+    assert data["next_obs"][:, 0].tolist() == [1, 2, 3, 11, 12]
     assert data["has_next"].all()
-    assert data["terminated"].tolist() == [False, False, True, False]
-    assert data["action"][:, 0].tolist() == pytest.approx([0, 0, 0, 0.1])
-    assert data["next_row"].tolist() == [1, 2, -1, -1]
+    assert data["terminated"].tolist() == [False, False, True, False, False]
+    assert data["action"][:, 0].tolist() == pytest.approx([0, 0, 0, 0.1, 0.1])
+    assert data["next_row"].tolist() == [1, 2, -1, 4, -1]
     assert data["starts"][:, 0].tolist() == [0, 10]
 
 
@@ -370,7 +370,7 @@ def test_minari_episodes_stand_apart_and_in_order(tmp_path):
         episode = two_episodes()[i % 2]
         episode["observations"] = np.full_like(episode["observations"], i)
         episodes.append(episode)
-    episodes[3]["truncations"] = np.zeros(2, bool)
+    episodes[3]["truncations"] = np.zeros(3, bool)
     data = load(write_minari(tmp_path / "main_data.hdf5", episodes))
     assert data["starts"][:, 0].tolist() == list(range(12))
     follows = data["next_row"] >= 0
@@ -479,6 +479,46 @@ def test_odd_rollouts_are_noted(capsys):
     assert "an imagined reward is -11, the data's are from 0.0" in capsys.readouterr().out
 
 
+class Guesses:
+    """Stands for elites that predict the data, but for one entry, which they draw at random."""
+
+    def __init__(self, batch, entry):
+        self.reward = batch.reward.clone()
+        self.next_obs = batch.next_obs.clone()
+        order = torch.randperm(len(self.reward), generator=torch.Generator().manual_seed(0))
+        if entry == "reward":
+            self.reward = self.reward[order]
+        elif entry is not None:
+            change = (batch.next_obs - batch.obs)[order]
+            self.next_obs[:, entry] = (batch.obs + change)[:, entry]
+
+    def sample(self, obs, action):
+        torch.rand(9)  # as a model draws
+        return self.reward, self.next_obs
+
+
+GUESSED = [
+    (None, None),
+    ("reward", "note: the model hardly predicts reward: "),
+    (2, "note: the model hardly predicts 1 of 3 entries of next_obs (2): "),
+]
+
+
+@pytest.mark.parametrize("entry, sentence", GUESSED)
+def test_what_the_model_does_not_predict_is_noted(entry, sentence, capsys):
+    """After the fit, in one line, without a random number of the run's."""
+    method = build_ampl()
+    batch = method.split(method.data[method.rows_with_next])
+    object.__setattr__(method, "elites", Guesses(batch, entry))
+    state = torch.get_rng_state()
+    capsys.readouterr()
+    ampl.note_unpredicted(method)
+    printed = capsys.readouterr().out
+    assert torch.equal(torch.get_rng_state(), state)
+    assert printed.startswith(sentence or "")
+    assert printed.count("\n") == (0 if sentence is None else 1)
+
+
 # --- what is refused ---
 
 
@@ -533,6 +573,10 @@ REFUSED = {
     "equal rewards but where s' is unknown": (
         {"rewards": np.isin(np.arange(11), (2, 8))},
         "all rewards .*equal",
+    ),
+    "too few rows for a fit": (
+        {"terminals": np.isin(np.arange(11), (0, 1, 2, 4, 6, 8)), "timeouts": np.zeros(11)},
+        "4 rows have a known s', but a fit needs five",
     ),
     "time limits only": ({"timeouts": np.ones(11)}, "four rows not at a limit"),
     "an end that was never written": (

@@ -308,6 +308,7 @@ CONTRADICTIONS = [
     (5, 4, None),
     (7, 5, "ends 7.0% of the rows with a known s', the data's terminals 5.0%; they differ on 2.0%"),
     (0, 30, "ends 0.0% of the rows .* terminals 30.0%; they differ on 30.0%"),
+    (0, 1, "ends 0.0% of the rows .* differ on 1.0%, and the rule misses 1 of 1 terminals"),
 ]
 
 
@@ -582,7 +583,22 @@ def an_error(*result):
     raise KeyError("battery")
 
 
-@pytest.mark.parametrize("fault", [a_wide_observation, two_rewards, an_error])
+def a_nan_reward(obs, reward, *others):
+    return obs, np.nan, *others
+
+
+def a_nan_observation(obs, reward, *others):
+    return np.full(2, np.nan), reward, *others
+
+
+def an_exit(*result):
+    sys.exit(0)
+
+
+FAULTS = [a_wide_observation, two_rewards, an_error, a_nan_reward, a_nan_observation, an_exit]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
 def test_late_faults_of_an_environment(fault):
     """In one sentence, also where the first step was sound."""
     env_id = f"{fault.__name__.replace('_', '')}-v0"
@@ -590,7 +606,8 @@ def test_late_faults_of_an_environment(fault):
     gymnasium.register(env_id, make_it, disable_env_checker=True, max_episode_steps=10)
     ampl.try_env(env_id)
     args = ampl.Args(env_id=env_id, eval_episodes=2)
-    with pytest.raises(SystemExit, match="a reset or a step does not work, mend it first") as stop:
+    sentence = f"--env-id {env_id}: a reset or a step does not work, mend it first"
+    with pytest.raises(SystemExit, match=sentence) as stop:
         ampl.evaluate(random_actor(env_id), args, 2, 0)
     assert "\n" not in stop.value.code
 

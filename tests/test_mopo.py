@@ -1045,6 +1045,10 @@ def test_settings_that_contradict_each_other():
         mopo.check_args(mopo.Args(num_elites=8))
     with pytest.raises(SystemExit, match="--penalty-coef is -1.0, but must be at least 0"):
         mopo.check_args(mopo.Args(penalty_coef=-1.0))
+    alone = {"penalty": "disagreement", "ensemble_size": 1, "num_elites": 1}
+    with pytest.raises(SystemExit, match="--penalty disagreement needs two members"):
+        mopo.check_args(mopo.Args(**alone))
+    mopo.check_args(mopo.Args(**alone, penalty_coef=0.0))
 
 
 # ===== Runs =======================================================================================
@@ -1138,6 +1142,12 @@ def test_dynamics_from(script, train, whole):
     assert flat(saved(second)) == flat(saved(whole[script]))
     assert result(second)["final_scores"] == result(whole[script])["final_scores"]
     assert "model/train_nll" not in points(second)
+
+
+def test_combo_takes_mopos_model(train, whole, capsys):
+    """In silence, since their models are alike."""
+    train(combo, dynamics_from=str(whole[mopo]))
+    assert "was fitted" not in capsys.readouterr().out
 
 
 @both_scripts
@@ -1325,6 +1335,52 @@ def test_a_class_of_ones_own(tmp_path):
     args = mopo.load_args(whole["folder"], REDQArgs)
     assert mopo.evaluate(policy, args, 2, 0).tolist() == whole["final_scores"]
     assert lines_of_code(REDQArgs, ManyCritics, SharedStdPolicy, REDQ) <= 45
+
+
+class TrainsOtherwise(mopo.GaussianPolicy):
+    """With dropout and batch norm."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: mopo.Args):
+        super().__init__(obs_dim, action_dim, args)
+        norm = nn.BatchNorm1d(8)
+        self.net = nn.Sequential(
+            nn.Linear(obs_dim, 8), norm, nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 2 * action_dim)
+        )
+
+
+class SeesStandardised(mopo.MOPO):
+    """The policy acts on states less the data's mean, which is a buffer."""
+
+    Policy = TrainsOtherwise
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.register_buffer("mean", torch.zeros(self.obs_dim, device=self.device))
+
+    def set_data(self, dataset):
+        super().set_data(dataset)
+        self.mean.copy_(dataset["obs"].mean(0) + 3)
+
+    def act(self, obs):
+        return super().act(obs - self.mean.numpy())
+
+
+def test_how_a_policy_acts_is_how_it_was_saved(tmp_path):
+    """Dropout and batch norm rest, their training does not notice; the buffer is in policy.pt."""
+    whole = train_on_pendulum(tmp_path / "a", SeesStandardised)
+    other = train_on_pendulum(tmp_path / "b", SeesStandardised, eval_every=2)
+    one = tensors_of(whole["folder"])
+    two = tensors_of(other["folder"])
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert one["actor.net.1.num_batches_tracked"] > 0
+
+    policy = mopo.load_policy(whole["folder"], method=SeesStandardised)
+    args = mopo.load_args(whole["folder"])
+    assert mopo.evaluate(policy, args, 2, 0).tolist() == whole["final_scores"]
+    obs = np.random.default_rng(0).normal(size=(5, 3))
+    assert np.array_equal(policy.act(obs)[:2], policy.act(obs[:2]))
+    policy_file = saved(Path(whole["folder"]), "policy.pt")
+    assert list(policy_file["buffers"]) == ["mean"]
 
 
 class MopoWithMore(mopo.MOPO):

@@ -597,6 +597,26 @@ def test_what_is_not_finite_stops_the_run_by_name(
     assert all(value.isfinite().all() for value in last["method"].values())
 
 
+def test_a_nan_in_the_last_evaluation(tiny, tmp_path, monkeypatch):
+    """Names the environment; there is no result.json, which has no word for NaN."""
+    step = ampl.Maze2d.step
+    finish = ampl.Run.finish
+
+    def step_to_nan(env, action):
+        obs, _, *ends = step(env, action)
+        return obs, math.nan, *ends
+
+    def finish_in_nan(run):
+        monkeypatch.setattr(ampl.Maze2d, "step", step_to_nan)
+        return finish(run)
+
+    monkeypatch.setattr(ampl.Run, "finish", finish_in_nan)
+    with pytest.raises(SystemExit, match=f"--env-id {ENV}: .* returns .nan nan.") as stop:
+        tiny()
+    assert "checkpoint" not in stop.value.code
+    assert not (folder_in(tmp_path / "runs") / "result.json").exists()
+
+
 # ----- one process at a time -----
 HOLD = """
 import fcntl, sys
@@ -733,6 +753,7 @@ def edit(folder: Path, file: str, **changes) -> None:
         ("checkpoint.pt", {"algo": "mine"}, "resume", "was made by mine, and this is ampl"),
         ("policy.pt", {"algo": "mine"}, "evaluate", "was made by mine, and this is ampl"),
         ("model.pt", {"sha256": "0"}, "dynamics-from", "model.pt was fitted to other data than"),
+        ("model.pt", {"kind": "Mine"}, "dynamics-from", "model.pt was fitted by Mine, this"),
     ],
 )
 def test_what_differs_is_said(file, changes, flag, said, whole, dataset, tmp_path, capsys):
@@ -830,7 +851,8 @@ def test_policy_file(whole):
     assert policy["sizes"] == (4, 2)
     assert policy["policy"].keys() == {"actor", "critic"}
     assert policy["args"] == dataclasses.asdict(ampl.load_args(whole))
-    assert len(policy) == 6
+    assert policy["buffers"] == {}
+    assert len(policy) == 7
 
 
 def test_evaluate(whole, capsys):
@@ -931,7 +953,8 @@ MISTAKES = [
     ("--env-id CartPole-v1", "continuous actions"),
     ("--warmup-iterations 25", "--warmup-iterations"),
     ("--num-elites 4", "--num-elites is larger than --ensemble-size"),
-    ("--rollout-rows 201", "--rollout-rows is larger than --buffer-size"),
+    ("--rollout-rows 201", "--rollout-rows, in .* 201, is larger than --buffer-size"),
+    ("--horizon 1000", "--rollout-rows, in whole rollouts of --horizon steps 1000, is larger"),
     ("--final-episodes 0", "--final-episodes is 0, but must be at least 1"),
     ("--seed -1", "--seed is -1, but must be at least 0"),
     ("--gamma 2", "--gamma is 2.0, but must be at least 0 and at most 1"),
@@ -950,7 +973,14 @@ MISTAKES = [
     ("--run-dir {page}", "cannot write .*{page}"),
     ("--run-dir {page}/runs", "cannot write .*{page}/runs"),
     ("--track", "pip install wandb"),
-    ("--dynamics-from {good} --model-hidden 17", "model.pt is damaged or of another setting"),
+    (
+        "--dynamics-from {good} --model-hidden 17",
+        "model.pt: layers.0.weight is .3, 6, 16. there and .3, 6, 17. here: give that run's",
+    ),
+    ("--dynamics-from {good}/model.pt", "model.pt is a file: name the folder, {good}"),
+    ("--dynamics-from {scaled}", "was fitted to rewards scaled by .* leave out --dynamics-from"),
+    ("--resume {good}/checkpoint.pt", "checkpoint.pt is a file: name the folder, {good}"),
+    ("--evaluate {good}/policy.pt", "policy.pt is a file: name the folder, {good}"),
     ("--resume {fresh}", "there is no {fresh}/checkpoint.pt"),
     ("--resume {damaged}", "checkpoint.pt is damaged"),
     ("--resume {pickled}", "checkpoint.pt is damaged .*Weights only load failed"),
@@ -1003,7 +1033,7 @@ def places(tmp_path_factory, whole, dataset):
     with h5py.File(root / "foreign_file", "w") as file:
         file["pixels"] = np.zeros(300)
     names = ("good", "fresh", "damaged", "pickled", "mopos", "changed", "foreign", "resized")
-    edited = ("elsewhere", "empty", "nothing", "texts", "high", "edited", "list", "cut")
+    edited = ("elsewhere", "scaled", "empty", "nothing", "texts", "high", "edited", "list", "cut")
     for name in names + edited:
         shutil.copytree(whole, root / name)
     for file in ("checkpoint.pt", "policy.pt", "model.pt"):
@@ -1019,6 +1049,7 @@ def places(tmp_path_factory, whole, dataset):
     ampl.save(saved(whole, "policy.pt") | {"kind": "MOPO"}, root / "mopos/policy.pt")
     for file in ("checkpoint.pt", "policy.pt", "model.pt"):
         edit(root / "elsewhere", file, env_id="pen-human-v1")
+    edit(root / "scaled", "model.pt", reward_range=(0.0, 50.0))
     edit(root / "empty", "policy.pt", policy={})
     ampl.save({}, root / "nothing/policy.pt")
     edit(root / "texts", "args.json", gamma="0.99")
@@ -1046,6 +1077,8 @@ def test_a_mistake_costs_one_sentence(line, words, places, dataset, tmp_path, mo
     assert isinstance(message, str) and "\n" not in message, message
     assert re.search(words.format_map(names), message), message
     assert contents(places) == before
+    if "--dynamics-from" in line:
+        assert not (tmp_path / "runs").exists()
 
 
 # Settings of a wrong kind, as a notebook may have them, and what the one sentence says.
