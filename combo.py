@@ -1688,7 +1688,8 @@ def download(env_id: str, url: str) -> Path:
             reason = " ".join(str(error).split())[:120] or type(error).__name__
             why = f"that failed ({reason})"
 
-    lines = [f"no data for {env_id} (that failed, too: {reason}). By hand, then start again:"]
+    last = f"{source.name}: {reason}"
+    lines = [f"no data for {env_id} (that failed, too: {last}). By hand, then start again:"]
     encrypted = url.replace("http://", "https://", 1)
     lines.append(f"curl -fL -C - --create-dirs -o {shlex.quote(str(path))} {encrypted}")
     if family_of(env_id) in ADROIT:
