@@ -689,7 +689,9 @@ def test_a_lock_lasts_as_long_as_training(what, tiny, tmp_path, monkeypatch):
     else:
         with pytest.raises(Killed):
             tiny()
-        assert not is_locked(folder_in(tmp_path / "runs"))
+        deadline = time.monotonic() + 60  # the fork lets go of it first thing
+        while is_locked(folder_in(tmp_path / "runs")):
+            assert time.monotonic() < deadline
         os.kill(others[0], signal.SIGKILL)
         os.waitpid(others[0], 0)
 
