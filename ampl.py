@@ -481,8 +481,8 @@ class ModelEnsemble(nn.Module):
     def predict(self, obs: Tensor, action: Tensor) -> tuple[Tensor, ...]:
         """`forward` at every row, each by a random member of its own: -> mean, log_std [B, 1 + S].
 
-        They are of the standardised targets, like those of `forward`.
-        The rows are shuffled, cut into M equal shares, one per member, and put back in order.
+        They are of the standardised targets, like those of `forward`. The rows are shuffled, cut
+        into M equal shares, one per member, and put back in order.
         """
         x = (torch.cat([obs, action], -1) - self.input_mean) / self.input_std  # [B, S + A]
         missing = -len(x) % self.members  # rows to add so that M divides their number
@@ -730,8 +730,8 @@ class AMPL(nn.Module):
         next_obs = dataset["next_obs"]
         terminated = dataset["terminated"].float()
         reward = scale_rewards(dataset["reward"])
-        # What they are scaled by, since another run's model is of use only in the same units.
-        self.reward_range = tuple(limit.item() for limit in dataset["reward"].aminmax())
+        # What they are scaled by: the model of another run is of use only in the same units.
+        self.reward_range = (dataset["reward"].min().item(), dataset["reward"].max().item())
         if reward.max() > 2:  # scaled, it is 1 + 0.001 / span
             sys.exit("the rewards differ by less than 0.001: multiply them by a large number")
         fields = [obs, dataset["action"], reward[:, None], next_obs, terminated[:, None]]
@@ -1178,10 +1178,10 @@ def check_args(args: Args) -> None:
         sys.exit("a batch has no row of data: raise --real-fraction or --batch-size, or choose 0")
     if len(args.model_weight_decay) != 5:
         sys.exit("--model-weight-decay needs a number for each of the five layers")
-    phase_rows = math.ceil(args.rollout_rows / args.horizon) * args.horizon
+    phase_rows = math.ceil(args.rollout_rows / args.horizon) * args.horizon  # whole rollouts
     if phase_rows > args.buffer_size:
-        what = f"--rollout-rows, in whole rollouts of --horizon steps {phase_rows},"
-        sys.exit(f"{what} is larger than --buffer-size, which must hold them")
+        advice = "lower --rollout-rows or --horizon, or raise --buffer-size"
+        sys.exit(f"a phase of rollouts has {phase_rows} rows, more than D_model holds: {advice}")
 
 
 def train(args: Args, method: type = AMPL, arrays: dict[str, np.ndarray] | None = None) -> dict:
@@ -2906,7 +2906,7 @@ def choose_cpu_products() -> None:
 
 
 def capture(step: Callable[..., dict], args: Args) -> Callable[..., dict]:
-    """`step` as a CUDA graph, which does the same in less time; on a CPU it is `step` itself.
+    """`step` as a CUDA graph, which does the same in less time; on a CPU `step` is just called.
 
     A graph holds no `if`, so each combination of the arguments of `step`, which are bool, gets one
     of its own. The first call of each is checked for shapes that do not fit: see SameShapes.
@@ -3784,6 +3784,15 @@ def lock_folder(folder: Path) -> int | None:
 
 def release_locks() -> None:
     """Let other processes into the folders that this one has locked."""
+    for file in LOCKS:
+        fcntl = importlib.import_module("fcntl")
+        # To close it is not enough: a process that was forked a moment ago has it open, too.
+        fcntl.flock(file, fcntl.LOCK_UN)
+    forget_locks()
+
+
+def forget_locks() -> None:
+    """Close the files of the locks. A forked process does so, whose parent keeps its locks."""
     while LOCKS:
         os.close(LOCKS.pop())
 
@@ -3804,7 +3813,7 @@ def unlocking(function: Callable) -> Callable:
 # A notebook lives on after its training has failed, and another process may go on then.
 train = unlocking(train)
 if hasattr(os, "register_at_fork"):  # a worker process, which may outlive this one, holds no lock
-    os.register_at_fork(after_in_child=release_locks)
+    os.register_at_fork(after_in_child=forget_locks)
 
 
 @contextlib.contextmanager
@@ -3964,7 +3973,8 @@ def note_unpredicted(method: nn.Module) -> None:
     is not judged: with large and small outputs it may only be on its way.
     """
     for state in method.unfinished.values():
-        if len(state) == 4 and state[1] < method.args.model_patience:  # see `fit_model`
+        is_of_a_fit = len(state) == 4  # epochs, idle epochs, best error, best layers
+        if is_of_a_fit and state[1] < method.args.model_patience:
             return
     rows = method.rows_with_next
     every = max(1, len(rows) // 1000)
@@ -3998,7 +4008,7 @@ def refuse_another_model(path: Path, saved: dict, method: nn.Module) -> None:
     if saved["env_id"] != env_id:
         sys.exit(f"{path} is a model of {saved['env_id']}, not of {env_id}")
     own_range = getattr(method, "reward_range", None)
-    old_range = saved.get("reward_range", own_range)  # older files have none
+    old_range = saved["reward_range"]
     if old_range != own_range:
         sys.exit(
             f"{path} was fitted to rewards scaled by a minimum and maximum of {old_range}, these "
@@ -4008,7 +4018,7 @@ def refuse_another_model(path: Path, saved: dict, method: nn.Module) -> None:
         own_shape = list(tensor.shape)
         old_shape = list(saved["model"][name].shape)
         if old_shape != own_shape:
-            advice = "give that run's --ensemble-size and --model-hidden"
+            advice = "give the flags of the model that that run has"
             sys.exit(f"{path}: {name} is {old_shape} there and {own_shape} here: {advice}")
 
 
@@ -4034,7 +4044,7 @@ def load_model(
         if saved["sha256"] != source["sha256"]:
             print(f"note: {path} was fitted to other data than {source['dataset']}")
         own = type(method).__name__
-        kind = saved.get("kind", own)  # older files have none
+        kind = saved["kind"]
         if kind != own and {kind, own} != {"MOPO", "COMBO"}:  # whose models are alike
             print(f"note: {path} was fitted by {kind}, this is {own}: do both learn the same data?")
         method.model.load_state_dict(saved["model"])
@@ -4076,7 +4086,7 @@ def load_policy(run: str, settings: type = Args, method: type = AMPL) -> nn.Modu
             sys.exit(f"{path} holds {list(saved['policy'])}, but needs {list(policy.acting)}")
         for name in policy.acting:
             getattr(policy, name).load_state_dict(saved["policy"][name])
-        for name, buffer in saved.get("buffers", {}).items():  # older files have none
+        for name, buffer in saved["buffers"].items():
             policy.register_buffer(name, buffer)
     return policy.eval()
 

@@ -1715,7 +1715,7 @@ def choose_cpu_products() -> None:
 
 
 def capture(step: Callable[..., dict], args: Args) -> Callable[..., dict]:
-    """`step` as a CUDA graph, which does the same in less time; on a CPU it is `step` itself.
+    """`step` as a CUDA graph, which does the same in less time; on a CPU `step` is just called.
 
     A graph holds no `if`, so each combination of the arguments of `step`, which are bool, gets one
     of its own. The first call of each is checked for shapes that do not fit: see SameShapes.
@@ -2087,6 +2087,7 @@ class Run:
         self.rollouts_judged = False  # by note_odd_rollouts
 
         check_optimizers(method)
+        check_model(args, method)
         vector_env.cache_clear()  # a notebook may have changed the task since the last run
         if args.resume:
             self.folder = expanded(args.resume)
@@ -2590,8 +2591,36 @@ def lock_folder(folder: Path) -> int | None:
 
 def release_locks() -> None:
     """Let other processes into the folders that this one has locked."""
+    for file in LOCKS:
+        fcntl = importlib.import_module("fcntl")
+        # To close it is not enough: a process that was forked a moment ago has it open, too.
+        fcntl.flock(file, fcntl.LOCK_UN)
+    forget_locks()
+
+
+def forget_locks() -> None:
+    """Close the files of the locks. A forked process does so, whose parent keeps its locks."""
     while LOCKS:
         os.close(LOCKS.pop())
+
+
+def unlocking(function: Callable) -> Callable:
+    """`function`, after which, however it ends, this process keeps no lock."""
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        finally:
+            release_locks()
+
+    return call
+
+
+# A notebook lives on after its training has failed, and another process may go on then.
+train = unlocking(train)
+if hasattr(os, "register_at_fork"):  # a worker process, which may outlive this one, holds no lock
+    os.register_at_fork(after_in_child=forget_locks)
 
 
 @contextlib.contextmanager
@@ -2727,12 +2756,42 @@ def go_on(method: nn.Module, phase: str, start: tuple) -> tuple:
 def save_model(method: nn.Module, run: Path, source: dict) -> None:
     """Save the latent model, for --dynamics-from."""
     content = {
+        "kind": type(method).__name__,
         "env_id": method.args.env_id,
         "sha256": source["sha256"],
+        "reward_range": getattr(method, "reward_range", None),
         "model": method.model.state_dict(),
         "optimizer": method.model_optimizer.state_dict(),
     }
     save(content, run / "model.pt")
+
+
+def refuse_another_model(path: Path, saved: dict, method: nn.Module) -> None:
+    """Stop if a saved model is of another task, or predicts in other units or sizes."""
+    env_id = method.args.env_id
+    if saved["env_id"] != env_id:
+        sys.exit(f"{path} is a model of {saved['env_id']}, not of {env_id}")
+    own_range = getattr(method, "reward_range", None)
+    old_range = saved["reward_range"]
+    if old_range != own_range:
+        sys.exit(
+            f"{path} was fitted to rewards scaled by a minimum and maximum of {old_range}, these "
+            f"data have {own_range}: leave out --dynamics-from, so that a model is fitted to them"
+        )
+    for name, tensor in method.model.state_dict().items():
+        own_shape = list(tensor.shape)
+        old_shape = list(saved["model"][name].shape)
+        if old_shape != own_shape:
+            advice = "give the flags of the model that that run has"
+            sys.exit(f"{path}: {name} is {old_shape} there and {own_shape} here: {advice}")
+
+
+def check_model(args: Args, method: nn.Module) -> None:
+    """Refuse the model that --dynamics-from names before a folder is made for what cannot begin."""
+    if args.dynamics_from and not args.resume:
+        path = folder_of_run(args.dynamics_from) / "model.pt"
+        with loading(path) as saved:
+            refuse_another_model(path, saved, method)
 
 
 def load_model(
@@ -2740,16 +2799,18 @@ def load_model(
 ) -> None:
     """Take the latent model that save_model saved.
 
-    A copy goes to the folder `keep_in`. Raises SystemExit where the model is of another task. Other
-    data of the task are said.
+    A copy goes to the folder `keep_in`. Raises SystemExit where the model is of another task or
+    setting. Other data of the task and another class are said.
     """
     path = folder_of_run(run) / "model.pt"
-    env_id = method.args.env_id
     with loading(path, method.device) as saved:
-        if saved["env_id"] != env_id:
-            sys.exit(f"{path} is a model of {saved['env_id']}, not of {env_id}")
+        refuse_another_model(path, saved, method)
         if saved["sha256"] != source["sha256"]:
             print(f"note: {path} was fitted to other data than {source['dataset']}")
+        own = type(method).__name__
+        if saved["kind"] != own:
+            kind = saved["kind"]
+            print(f"note: {path} was fitted by {kind}, this is {own}: do both learn the same data?")
         method.model.load_state_dict(saved["model"])
         load_optimizer(method.model_optimizer, saved["optimizer"])
     if keep_in is not None:
@@ -2788,7 +2849,7 @@ def load_policy(run: str, settings: type = Args, method: type = COMBOPixels) -> 
             sys.exit(f"{path} holds {list(saved['policy'])}, but needs {list(policy.acting)}")
         for name in policy.acting:
             getattr(policy, name).load_state_dict(saved["policy"][name])
-        for name, buffer in saved.get("buffers", {}).items():  # older files have none
+        for name, buffer in saved["buffers"].items():
             policy.register_buffer(name, buffer)
     return policy.eval()
 

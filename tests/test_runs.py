@@ -689,9 +689,7 @@ def test_a_lock_lasts_as_long_as_training(what, tiny, tmp_path, monkeypatch):
     else:
         with pytest.raises(Killed):
             tiny()
-        deadline = time.monotonic() + 60  # the fork lets go of it first thing
-        while is_locked(folder_in(tmp_path / "runs")):
-            assert time.monotonic() < deadline
+        assert not is_locked(folder_in(tmp_path / "runs"))
         os.kill(others[0], signal.SIGKILL)
         os.waitpid(others[0], 0)
 
@@ -955,8 +953,8 @@ MISTAKES = [
     ("--env-id CartPole-v1", "continuous actions"),
     ("--warmup-iterations 25", "--warmup-iterations"),
     ("--num-elites 4", "--num-elites is larger than --ensemble-size"),
-    ("--rollout-rows 201", "--rollout-rows, in .* 201, is larger than --buffer-size"),
-    ("--horizon 1000", "--rollout-rows, in whole rollouts of --horizon steps 1000, is larger"),
+    ("--rollout-rows 201", "has 201 rows, more than D_model holds"),
+    ("--horizon 1000", "has 1000 rows, more than D_model holds"),
     ("--final-episodes 0", "--final-episodes is 0, but must be at least 1"),
     ("--seed -1", "--seed is -1, but must be at least 0"),
     ("--gamma 2", "--gamma is 2.0, but must be at least 0 and at most 1"),
@@ -977,7 +975,7 @@ MISTAKES = [
     ("--track", "pip install wandb"),
     (
         "--dynamics-from {good} --model-hidden 17",
-        "model.pt: layers.0.weight is .3, 6, 16. there and .3, 6, 17. here: give that run's",
+        "model.pt: layers.0.weight is .3, 6, 16. there and .3, 6, 17. here: give the flags",
     ),
     ("--dynamics-from {good}/model.pt", "model.pt is a file: name the folder, {good}"),
     ("--dynamics-from {scaled}", "was fitted to rewards scaled by .* leave out --dynamics-from"),
