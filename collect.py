@@ -60,7 +60,7 @@ walker-walk: SAC as above, from states. The frames are rendered afterwards, from
 
     random          episodes of uniform actions
     mixed           episodes that SAC saw until the medium policy (COMBO: medium-replay)
-    medium          episodes of SAC's policy, stopped about halfway to an expert's return
+    medium          episodes of SAC's policy, stopped about halfway to the largest return
     medium_expert   half of the episodes of medium, half of expert (COMBO: medium-expert)
     expert          episodes of SAC's policy after --sac-steps
 
@@ -163,7 +163,7 @@ GENERALISATION = {"halfcheetah-jump-v0": (-1022.6, 1808.6), "ant-angle-v0": (866
 
 WALKER = "walker-walk"
 WALKER_STEPS = 500  # of an episode
-WALKER_MEDIUM_RETURN = 500.0  # that ends medium (ours); an expert's is about 950
+WALKER_MEDIUM_RETURN = 500.0  # that ends medium (ours): half of the 1000 that are possible
 LEVELS = {  # V-D4RL's names of walker-walk's datasets, and D4RL's, which are COMBO's
     "random": "random",
     "mixed": "medium-replay",

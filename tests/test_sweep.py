@@ -397,7 +397,7 @@ def test_a_mistake_ends_in_one_sentence(words, sentence, plan, tmp_path, capsys)
     assert not list(tmp_path.glob("set/*__*/*"))
 
 
-@pytest.mark.parametrize("content", ["", '{"after --": ["--hor', "--num-seeds=1", "[]", "{}"])
+@pytest.mark.parametrize("content", ["", '{"after --": ["--hor', "--hidden=1", "[]", "{}"])
 def test_a_damaged_flags_file_is_named_and_kept(content, plan, tmp_path):
     """Where a job has begun, whose flags it would have. Else it is written anew."""
     path = tmp_path / "flags"
