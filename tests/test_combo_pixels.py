@@ -633,6 +633,14 @@ def test_dynamics_from_takes_the_model_and_fits_none(data, whole, tmp_path, monk
             assert torch.equal(one[key], other[key])
 
 
+def test_dynamics_from_refuses_a_model_of_other_sizes(data, whole, tmp_path):
+    """Before a folder is made. The sentence names the tensor and both shapes."""
+    changes = {"run_dir": str(tmp_path / "runs"), "dynamics_from": str(whole), "memory_size": 9}
+    with pytest.raises(SystemExit, match=r"there and .* here: give the flags of the model"):
+        combo_pixels.train(args_of(data, **changes))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_combos_select_reads_these_runs(whole, capsys):
     """The offline rule for beta, which the paper does not give for images."""
     assert combo.select((str(whole), str(whole))) == str(whole)
