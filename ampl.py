@@ -128,7 +128,8 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 # Threads that wait for work spin, which stops the others on a busy machine. With this they spin
-# less: an iteration beside one more process takes 67 ms instead of 518, one alone 29 instead of 26.
+# less: on two cores an iteration of ampl.py beside one more process takes 91 ms and not 132, and
+# alone as long as before (tests/README.md, "A busy machine").
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
@@ -969,7 +970,7 @@ class AMPL(nn.Module):
 
         A refit goes on from the present weights and Adam's state, with new held-out rows. Every
         member keeps the weights of its best epoch. The fit ends when for `model_patience` epochs
-        no member has improved by 1 %.
+        no member has improved by 1 %. A resumed fit begins where it stopped (`go_on`).
         """
         args = self.args
         model = self.model
@@ -986,10 +987,10 @@ class AMPL(nn.Module):
         # 2. Epochs of steps. After each, the members are judged on the held-out rows.
         step = functools.partial(self.model_step, inputs, targets, known_omega, train_rows)
         step = capture(step, args)
-        best_error = torch.full((model.members,), 1e32, device=self.device)  # inf / inf is NaN
+        best_error = torch.full((model.members,), 1e32, device=self.device)  # inf would give NaN
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit {k}, patience {args.model_patience} epochs"
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, or where a fit stopped
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:

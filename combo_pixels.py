@@ -106,7 +106,8 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 # Threads that wait for work spin, which stops the others on a busy machine. With this they spin
-# less: an iteration beside one more process takes 67 ms instead of 518, one alone 29 instead of 26.
+# less: on two cores an iteration of ampl.py beside one more process takes 91 ms and not 132, and
+# alone as long as before (tests/README.md, "A busy machine").
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 

@@ -91,7 +91,8 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 # Threads that wait for work spin, which stops the others on a busy machine. With this they spin
-# less: an iteration beside one more process takes 67 ms instead of 518, one alone 29 instead of 26.
+# less: on two cores an iteration of ampl.py beside one more process takes 91 ms and not 132, and
+# alone as long as before (tests/README.md, "A busy machine").
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "3000"  # read when torch is imported
 
@@ -732,7 +733,7 @@ class MOPO(nn.Module):
 
         Every member has a bootstrap sample of the rows of its own, which it sees once per epoch, in
         a new order. It keeps the weights of its best epoch. The fit ends when for `model_patience`
-        epochs no member has improved by 1 %.
+        epochs no member has improved by 1 %. A resumed fit begins where it stopped (`go_on`).
         """
         args = self.args
         model = self.model
@@ -749,10 +750,10 @@ class MOPO(nn.Module):
         order = bootstrap.clone()  # the rows in the epoch's order, written in place for `capture`
         position = torch.zeros((), dtype=torch.long, device=self.device)  # in that order, likewise
         step = capture(functools.partial(self.model_step, inputs, targets, order, position), args)
-        best_error = torch.full((model.members,), 1e32, device=self.device)  # inf / inf is NaN
+        best_error = torch.full((model.members,), 1e32, device=self.device)  # inf would give NaN
         best_layers = copy.deepcopy(model.layers.state_dict())
         phase = f"model fit, patience {args.model_patience} epochs"
-        loop = go_on(self, phase, (0, 0, best_error, best_layers))  # these, or where a fit stopped
+        loop = go_on(self, phase, (0, 0, best_error, best_layers))
         first_epoch, idle_epochs, best_error, best_layers = loop
         for epoch in range(first_epoch, args.model_max_epochs):
             if idle_epochs >= args.model_patience:
