@@ -1934,7 +1934,8 @@ def record_episode(method: nn.Module, args: Args, path: Path) -> None:
     env = make_env(args.env_id, render_mode="rgb_array")
     steps_per_second = env.metadata.get("render_fps") or 30
     every = max(1, round(steps_per_second / 20))  # steps of the environment per frame
-    obs, _ = env.reset(seed=args.seed)
+    with working(args.env_id):
+        obs, _ = env.reset(seed=args.seed)
     method.forget()
     reseed(args.seed, "video")
     frames = []
