@@ -2806,6 +2806,8 @@ def working(env_id: str):
     try:
         yield
     except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and isinstance(error.code, str):
+            raise  # the environment's own sentence
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         sys.exit(f"--env-id {env_id}: a reset or a step does not work, mend it first ({reason})")
 

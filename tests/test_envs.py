@@ -612,6 +612,13 @@ def test_late_faults_of_an_environment(fault):
     assert "\n" not in stop.value.code
 
 
+def test_an_environments_own_sentence_stays():
+    """walker-walk, for example, says which packages it lacks."""
+    with pytest.raises(SystemExit, match="^install the simulator$"):
+        with ampl.working("Own-v0"):
+            sys.exit("install the simulator")
+
+
 def test_no_two_episodes_begin_alike():
     """Of neighbouring seeds and evaluations; RandomState takes no seed of 2**32 or more."""
     seeds = set()
