@@ -782,18 +782,6 @@ def test_no_flipped_bit_is_loaded(whole, tmp_path):
                     pass
 
 
-def test_no_part_is_a_folder(whole, tmp_path):
-    """One bit that no checksum covers makes torch leave a tensor as its memory happened to be."""
-    path = tmp_path / "policy.pt"
-    damaged = bytearray((whole / "policy.pt").read_bytes())
-    entry = damaged.rfind(b"PK\x01\x02", 0, damaged.rfind(b"/data/2"))  # of the table at the end
-    damaged[entry + 38] ^= 0x10  # of what the part's attributes are elsewhere
-    path.write_bytes(damaged)
-    with pytest.raises(SystemExit, match="policy.pt is damaged"):
-        with ampl.loading(path):
-            pass
-
-
 # ----- a large buffer -----
 class LargeTable:
     """Stands for D_model of 2**25 rows, and notes which of them are drawn."""
