@@ -1,15 +1,18 @@
 """diagnose.py: what it compares with the simulator, and its report on small runs."""
 
+import importlib
 import shutil
 from types import SimpleNamespace
 
 import diagnose
+import h5py
 import numpy as np
 import pytest
 import torch
 
 import mopo
 
+# Of all three scripts, and of each.
 SMALL_RUN = {
     "env_id": "hopper-medium-v2",
     "cuda": False,
@@ -17,10 +20,14 @@ SMALL_RUN = {
     "hidden": (8, 8),
     "model_hidden": 8,
     "model_max_epochs": 1,
-    "rollout_starts": 20,
     "total_iterations": 3,
     "eval_episodes": 1,
     "final_episodes": 1,
+}
+OF_SCRIPT = {
+    "ampl": {"warmup_iterations": 1, "initial_states": "dataset", "model_epoch_steps": 4},
+    "mopo": {"rollout_starts": 20},
+    "combo": {"rollout_starts": 20},
 }
 
 
@@ -45,17 +52,18 @@ def random_episodes(env_id: str, rows: int) -> dict[str, np.ndarray]:
     return arrays | {key: np.array(values, bool) for key, values in ends.items()}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """The folder of a small run of mopo.py, whose data diagnose.py finds by args.json."""
+@pytest.fixture(scope="module", params=OF_SCRIPT)
+def run(request, tmp_path_factory):
+    """The folder of a small run of a script. Its args.json names the data."""
     place = tmp_path_factory.mktemp("diagnose")
-    arrays = random_episodes("hopper-medium-v2", 300)
+    script = importlib.import_module(request.param)
     path = place / "data.hdf5"
-    with mopo.h5py.File(path, "w") as file:
-        for key, array in arrays.items():
+    with h5py.File(path, "w") as file:
+        for key, array in random_episodes("hopper-medium-v2", 300).items():
             file[key] = array
-    args = mopo.Args(**SMALL_RUN, dataset_path=str(path), run_dir=str(place / "runs"))
-    mopo.train(args)
+    settings = SMALL_RUN | OF_SCRIPT[request.param]
+    args = script.Args(**settings, dataset_path=str(path), run_dir=str(place / "runs"))
+    script.train(args)
     (folder,) = (place / "runs").iterdir()
     return folder
 
@@ -140,17 +148,22 @@ def test_model_table():
 
 
 def test_distance_table():
-    """Visited states that are a third of a deviation from the data in one of four dimensions."""
+    """Visited states near the data, and then far away, where D_model follows them."""
     data = torch.randn(500, 4, generator=torch.Generator().manual_seed(0))
-    away = data[:120] + torch.tensor([100.0, 0, 0, 0])
-    near = data[:120] + torch.tensor([1e-3, 0, 0, 0])
-    visited = torch.cat([near[:50], away[50:]])
+    near = data[:50] + torch.tensor([1e-3, 0, 0, 0])
+    away = data[50:120] + torch.tensor([100.0, 0, 0, 0])
+    visited = torch.cat([near, away])
     one = diagnose.Episode(visited, torch.zeros(120, 1), np.zeros(120), True)
-    table = diagnose.distance_table(data, [one]).set_index("states")
-    assert table.index.to_list() == ["data", "from step 0", "from step 50", "from step 100"]
-    assert table["median"]["data"] > 0.1
-    assert table["95 %"]["from step 0"] < 0.01
-    assert table["median"]["from step 50"] > 90
+    table = diagnose.distance_table(data, away, [one]).set_index("states")
+    assert table["number"].to_list() == [500, 50, 50, 20]
+    to_data = table["to data, median"].to_list()
+    assert to_data[0] > 0.1
+    assert to_data[1] == pytest.approx(1e-3 / data[:, 0].std().item(), 0.01)
+    assert to_data[2] > 80
+    to_model = table["to D_model, median"].to_list()
+    assert np.isnan(to_model[0])
+    assert to_model[1] > 80
+    assert to_model[2] == to_model[3] == 0
 
 
 def test_report(run, capsys):
@@ -174,3 +187,14 @@ def test_another_folder(run, tmp_path):
     (copy / "checkpoint.pt").unlink()
     with pytest.raises(SystemExit, match="there is no .*checkpoint.pt"):
         diagnose.load_run(copy)
+
+
+def test_a_variant(run, monkeypatch):
+    """A run of a class of another name ends in one sentence."""
+    name = next(name for name in diagnose.METHODS if (run / f"{name}.py").exists())
+    script = importlib.import_module(name)
+    variant = type("Variant", (getattr(script, diagnose.METHODS[name]),), {})
+    monkeypatch.setitem(diagnose.METHODS, name, "Variant")
+    monkeypatch.setattr(script, "Variant", variant, raising=False)
+    with pytest.raises(SystemExit, match="is a run of .*, which this cannot read"):
+        diagnose.load_run(run)
