@@ -98,6 +98,14 @@ def run_episode(method: nn.Module, env: gymnasium.Env, seed: int) -> Episode:
     )
 
 
+def as_trained(method: nn.Module, reward):
+    """Rewards of the simulator in the units of training: AMPL's are scaled by the data's range."""
+    if not hasattr(method, "reward_range"):
+        return reward
+    low, high = method.reward_range
+    return (reward - low + 1e-3) / (high - low)
+
+
 def discounted(reward: np.ndarray, gamma: float) -> np.ndarray:
     """The discounted sum of the rewards [T] from each step on. -> [T]"""
     sums = np.zeros(len(reward))
@@ -135,10 +143,7 @@ def value_table(method: nn.Module, episodes: list[Episode]) -> pd.DataFrame:
     gamma = method.args.gamma
     parts = []
     for episode in episodes:
-        reward = episode.reward
-        if hasattr(method, "reward_range"):  # AMPL's, whose rewards are scaled like this
-            low, high = method.reward_range
-            reward = (reward - low + 1e-3) / (high - low)
+        reward = as_trained(method, episode.reward)
         q = method.critic(episode.obs, episode.action).amin(0)
         left = np.arange(len(reward), 0, -1)
         part = pd.DataFrame({"left": left, "Q": q, "to come": discounted(reward, gamma)})
@@ -235,9 +240,7 @@ def model_table(
         action = method.rollout_action(obs)
         reward, next_obs, ended = method.imagine(obs, action)
         true_reward, true_next_obs, true_ended = simulate(env, obs, action)
-        if hasattr(method, "reward_range"):
-            low, high = method.reward_range
-            true_reward = (true_reward - low + 1e-3) / (high - low)
+        true_reward = as_trained(method, true_reward)
         error = ((next_obs - true_next_obs) / unit).square().mean(-1).sqrt()
         line = {
             "from": name,
