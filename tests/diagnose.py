@@ -32,8 +32,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 METHODS = {"ampl": "AMPL", "mopo": "MOPO", "combo": "COMBO"}
 WHOLE_STATE = ("hopper", "halfcheetah", "walker2d")  # obs: qpos without x, then qvel
-SEED = 10_000  # of the first episode; the evaluations of a run use other numbers
-UNTIL_END = {"1 to 10": (1, 10), "11 to 50": (11, 50), "51 to 200": (51, 200), "more": (201, 9999)}
+SEED = 10_000  # of the first episode; the next ones follow
+# What the tables sum up: steps that an episode has left, first and last; and steps from its start.
+UNTIL_END = {
+    "1 to 10": (1, 10),
+    "11 to 50": (11, 50),
+    "51 to 200": (51, 200),
+    "more": (201, np.inf),
+}
+FROM_START = ((0, 50), (50, 100), (100, 200), (200, 400), (400, 800), (800, 1600))
 
 
 @dataclass
@@ -185,8 +192,7 @@ def distance_table(data_obs: Tensor, model_obs: Tensor, episodes: list[Episode])
     some = data_obs[:: max(1, len(data_obs) // 1000)] / scale
     line = {"states": "of the data, to other ones", "number": len(some)}
     lines = [line | quantiles_to("data", data, some, neighbour=2)]  # the first is the state itself
-    for first in (0, 50, 100, 200, 400, 800):
-        last = 2 * first or 50
+    for first, last in FROM_START:
         visited = torch.cat([episode.obs[first:last] for episode in episodes]) / scale
         if len(visited) == 0:
             break
@@ -230,8 +236,8 @@ def model_table(
     """Rollouts in the model from states obs [B, S], each step beside the simulator's.
 
     The simulator starts every step from the state where the model is, with the same action, so
-    errors do not add up. They are in `unit` [S], what s' - s deviates by in the data. A rollout
-    that ends is left out of later steps.
+    errors do not add up. They are in `unit` [S], what s' - s deviates by in the data. "ends" counts
+    those of the simulator. A rollout that ends is left out of later steps.
     """
     lines = []
     for step in range(1, steps + 1):
@@ -249,8 +255,9 @@ def model_table(
             "error of s', median": error.median().item(),
             "95 %": error.quantile(0.95).item(),
             "reward minus simulator's": (reward - true_reward).mean().item(),
-            "ends missed": (true_ended * (1 - ended)).mean().item(),
-            "false ends": (ended * (1 - true_ended)).mean().item(),
+            "ends": int(true_ended.sum()),
+            "ends missed": int((true_ended * (1 - ended)).sum()),
+            "false ends": int((ended * (1 - true_ended)).sum()),
         }
         lines.append(line)
         obs = next_obs[ended == 0]

@@ -144,7 +144,8 @@ def test_model_table():
     median = np.median(np.sqrt(change.mean(1)))
     assert table["error of s', median"].item() == pytest.approx(median, rel=0.05)
     assert table["reward minus simulator's"].item() == pytest.approx(-rows["rewards"].mean(), 1e-3)
-    assert table["ends missed"].item() == pytest.approx(rows["terminals"].mean())
+    assert table["ends"].item() == table["ends missed"].item() == rows["terminals"].sum() > 0
+    assert table["false ends"].item() == 0
 
 
 def test_distance_table():
